@@ -1,0 +1,66 @@
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace corank {
+
+/// What a collective is for. Every byte is counted under one of these.
+enum class Purpose {
+  adapter_gradients,   ///< sum of adapter gradients, once a step
+  weight_gradients,    ///< the same where base weights train (full fine-tuning, modules_to_save)
+  tensor_activations,  ///< activations and their gradients between tensor-parallel ranks
+  vocabulary_loss,     ///< softmax statistics of the vocabulary-parallel cross entropy
+  gradient_norm,       ///< squares of sharded gradients
+  data_control,        ///< token counts, losses
+  checkpoint,          ///< shards gathered for a save
+  startup,             ///< agreement and rendezvous before the first step
+};
+inline constexpr int kNumPurposes = 8;
+
+/// "adapter-gradients", ...: the names in metrics, tables and JSON.
+std::string_view name(Purpose purpose);
+
+enum class Collective { all_reduce, all_gather, reduce_scatter, broadcast, barrier, split };
+
+/// "all_reduce", ...: the names in messages and tables.
+std::string_view name(Collective collective);
+
+/// Bytes that one rank sends with the ring algorithm for `payload` bytes in a group of `size` ranks. Payload is what
+/// this rank hands in: the whole tensor for all_reduce, broadcast and reduce_scatter, its own part for all_gather.
+/// all_reduce 2(n-1)/n S, reduce_scatter (n-1)/n S, all_gather (n-1) S, broadcast S (pipelined), barrier and split 0;
+/// fractions of a byte are dropped. Nothing is sent in a group of one.
+int64_t ring_bytes(Collective collective, int64_t payload, int size);
+
+struct Traffic {
+  int64_t calls = 0;
+  int64_t payload_bytes = 0;  ///< what this rank handed to collectives of more than one rank
+  int64_t sent_bytes = 0;     ///< what the algorithm makes this rank send (ring_bytes)
+  double seconds = 0;         ///< time inside the collectives; on CUDA only while timing is on
+
+  Traffic& operator+=(const Traffic& other);
+  Traffic operator-(const Traffic& other) const;
+  bool operator==(const Traffic&) const = default;
+};
+
+/// Traffic of this rank by purpose. One Ledger serves all communicators of a run; it outlives them. Not thread-safe:
+/// one host thread issues all collectives.
+class Ledger {
+ public:
+  using Snapshot = std::array<Traffic, kNumPurposes>;
+
+  void record(Purpose purpose, const Traffic& traffic) { totals_[static_cast<size_t>(purpose)] += traffic; }
+  const Traffic& at(Purpose purpose) const { return totals_[static_cast<size_t>(purpose)]; }
+  const Snapshot& snapshot() const { return totals_; }
+
+  /// While on, CUDA communicators synchronise around each collective to time it: for `bench comm`, never for training.
+  void set_timing(bool on) { timing_ = on; }
+  bool timing() const { return timing_; }
+
+ private:
+  Snapshot totals_{};
+  bool timing_ = false;
+};
+
+}  // namespace corank

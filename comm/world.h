@@ -1,0 +1,36 @@
+#pragma once
+#include <mpi.h>
+
+namespace corank {
+
+/// This process's place among the processes that mpirun started. Owns MPI from construction to finish(). Exactly one
+/// per process. A World destroyed without finish() leaves MPI as it is: after an exception MPI_Finalize would wait for
+/// peers that never come, so main() decides between finish() and abort().
+class World {
+ public:
+  /// Starts MPI (thread level FUNNELED: one thread calls MPI). Throws CommError if MPI cannot give that level.
+  World(int* argc, char*** argv);
+  ~World() = default;
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  /// Place among, and number of, the ranks on this host.
+  int local_rank() const { return local_rank_; }
+  int local_size() const { return local_size_; }
+  MPI_Comm comm() const { return MPI_COMM_WORLD; }
+
+  /// Collective. Ends MPI after a successful run.
+  void finish();
+  /// Ends the whole job at once with `code`.
+  [[noreturn]] static void abort(int code);
+
+ private:
+  int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1;
+};
+
+/// True if mpirun (or srun with PMIx) started this process.
+bool started_by_mpi();
+
+}  // namespace corank

@@ -1,0 +1,91 @@
+"""What the Python tools share: finding their packages, and ending with the exit codes of the project."""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+USAGE, BAD_DATA, MISSING_INPUT, STORAGE, INTERRUPTED = 64, 65, 66, 74, 130
+
+
+def fail(code, message):
+    """Ends the program with one paragraph on standard error."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run(main):
+    """Calls the tool's main function; what the system refuses is reported like any other error."""
+    try:
+        main()
+    except OSError as problem:
+        fail(STORAGE, f"{problem}. Check the path, its permissions and the space left.")
+    except KeyboardInterrupt:
+        fail(INTERRUPTED, "stopped from the keyboard.")
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse with the project's exit code for usage errors and no guessed abbreviations."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        fail(USAGE, f"{message}. {self.format_usage().strip()}")
+
+
+def at_least(minimum):
+    """An argparse type: a whole number not below the minimum."""
+
+    def parse(text):
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def venv_folder():
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CORANK_CACHE") or Path(cache) / "corank") / "venv"
+
+
+def require(*modules):
+    """Makes sure the modules can be imported, restarting under the Python that launch/setup prepared if need be."""
+    missing = [name for name in modules if not importable(name)]
+    if not missing:
+        return
+    venv = venv_folder()
+    python = venv / "bin" / "python"
+    if python.exists() and Path(sys.prefix).resolve() != venv.resolve():
+        sys.stdout.flush()
+        os.execv(python, [str(python), os.path.abspath(sys.argv[0]), *sys.argv[1:]])
+    fail(MISSING_INPUT, f"Python packages not found: {', '.join(missing)}. Run launch/setup.")
+
+
+def importable(name):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def sync(path):
+    """Flushes a file or folder to storage."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace(aside, target):
+    """Puts a finished file or folder in its place, so that a crash leaves the old one or the new one."""
+    sync(aside)
+    os.replace(aside, target)
+    sync(Path(target).resolve().parent)

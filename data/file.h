@@ -1,0 +1,58 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+struct evp_md_ctx_st;
+
+namespace corank {
+
+/// Running SHA-256 (FIPS 180-4, OpenSSL).
+class Sha256 {
+ public:
+  Sha256();
+  void update(std::string_view bytes);
+  /// Lower-case hexadecimal digest of everything so far; no update after it.
+  std::string hex();
+
+ private:
+  std::unique_ptr<evp_md_ctx_st, void (*)(evp_md_ctx_st*)> context_;
+};
+
+std::string sha256(std::string_view bytes);
+/// MissingError if the file does not exist.
+std::string sha256_of_file(const std::string& path);
+
+/// Reads a whole file. MissingError if it does not exist, InputError if it is larger than `limit` bytes.
+std::string read_file(const std::string& path, int64_t limit = int64_t{1} << 40);
+
+/// The only way corank writes results and checkpoints: aside, fsync, read back and compare, rename, fsync of the
+/// folder. A crash leaves the old file or the new one, never a mixture. Returns the SHA-256 of the file. Throws
+/// StorageError.
+std::string write_file_atomically(const std::string& path, std::string_view bytes);
+
+/// The same for a file written in pieces (merged models, safetensors): `write` to the end, then `commit`. Destroyed
+/// without commit, or after an error, nothing is left behind and an older file stays as it is. Throws StorageError.
+class AtomicFile {
+ public:
+  explicit AtomicFile(const std::string& path);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  void write(std::string_view bytes);
+  /// Returns the SHA-256 of the file.
+  std::string commit();
+
+ private:
+  std::string path_, temporary_;
+  int fd_ = -1;
+  Sha256 hash_;
+};
+
+/// mkdir -p; StorageError on failure.
+void make_folders(const std::string& path);
+/// fsync of a folder, so that a rename inside it is durable. StorageError on failure.
+void sync_folder(const std::string& path);
+
+}  // namespace corank

@@ -1,0 +1,134 @@
+#include "data/weight_file.h"
+
+#include <filesystem>
+
+#include "configs/error.h"
+#include "data/file.h"
+#include "data/strict_json.h"
+
+namespace corank {
+namespace {
+
+constexpr int64_t kMaxIndexBytes = int64_t{64} << 20;
+constexpr size_t kMaxNamed = 20;
+const char* const kSingle = "model.safetensors";
+const char* const kIndex = "model.safetensors.index.json";
+
+/// The index names files of its own folder only.
+bool good_shard(const std::string& name) {
+  return name.ends_with(".safetensors") && name[0] != '.' && name.find('/') == std::string::npos &&
+         name.find('\0') == std::string::npos;
+}
+
+/// tensor -> shard, as the index has it.
+std::map<std::string, std::string> read_index(const std::string& path) {
+  const nlohmann::json index = parse_json(read_file(path, kMaxIndexBytes), path);
+  if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
+    throw InputError(path + ": has no weight_map; fetch the model again.");
+  }
+  std::map<std::string, std::string> shards;
+  for (const auto& [tensor, shard] : index["weight_map"].items()) {
+    if (!shard.is_string() || !good_shard(shard.get<std::string>())) {
+      throw InputError(path + ": weight_map gives tensor " + nlohmann::json(tensor).dump() + " the file " +
+                       shard.dump() + "; only names of .safetensors files beside the index are accepted.");
+    }
+    shards.emplace(tensor, shard.get<std::string>());
+  }
+  return shards;
+}
+
+}  // namespace
+
+WeightFile::WeightFile(const std::string& folder) : folder_(folder) {
+  namespace fs = std::filesystem;
+  const std::string single = folder + "/" + kSingle, index = folder + "/" + kIndex;
+  if (!fs::is_directory(folder)) {
+    throw MissingError(folder + ": the model folder does not exist; give a folder in Hugging Face format.");
+  }
+  if (!fs::exists(single) && !fs::exists(index)) {
+    throw MissingError(folder + ": holds neither " + kSingle + " nor " + kIndex +
+                       "; weights in other formats (.bin, .gguf) must be converted to safetensors first.");
+  }
+  if (fs::exists(single) && fs::exists(index)) {
+    throw InputError(folder + ": holds both " + kSingle + " and " + kIndex +
+                     ", and which one counts cannot be told; remove one.");
+  }
+  if (fs::exists(index)) {
+    open_shards(index);
+    return;
+  }
+  files_.push_back(std::make_unique<SafetensorsFile>(single));
+  for (const auto& [name, info] : files_[0]->tensors()) where_.emplace(name, 0);
+}
+
+void WeightFile::open_shards(const std::string& index_path) {
+  std::map<std::string, size_t> opened;
+  for (const auto& [tensor, shard] : read_index(index_path)) {
+    const auto [entry, is_new] = opened.emplace(shard, files_.size());
+    if (is_new) files_.push_back(std::make_unique<SafetensorsFile>(folder_ + "/" + shard));
+    if (!files_[entry->second]->tensors().contains(tensor)) {
+      throw InputError(index_path + ": says that tensor " + nlohmann::json(tensor).dump() + " is in " + shard +
+                       ", which does not hold it; fetch the model again.");
+    }
+    where_.emplace(tensor, entry->second);
+  }
+  for (const auto& [shard, number] : opened) {
+    for (const auto& [tensor, info] : files_[number]->tensors()) {
+      const auto found = where_.find(tensor);
+      if (found == where_.end() || found->second != number) {
+        throw InputError(folder_ + "/" + shard + ": holds tensor " + tensor + ", which " + kIndex +
+                         (found == where_.end() ? " does not name" : " places in another file") +
+                         "; fetch the model again.");
+      }
+    }
+  }
+}
+
+const SafetensorsFile& WeightFile::file_of(const std::string& name) const {
+  const auto found = where_.find(name);
+  if (found == where_.end()) {
+    throw InputError(folder_ + ": the weights have no tensor " + name + "; the model does not fit its config.json.");
+  }
+  return *files_[found->second];
+}
+
+std::vector<std::string> WeightFile::names() const {
+  std::vector<std::string> result;
+  for (const auto& [name, file] : where_) result.push_back(name);
+  return result;
+}
+
+const TensorInfo& WeightFile::info(const std::string& name) const { return file_of(name).info(name); }
+
+at::Tensor WeightFile::read(const std::string& name) {
+  const SafetensorsFile& file = file_of(name);
+  used_.insert(name);
+  return file.read(name);
+}
+
+at::Tensor WeightFile::read_slice(const std::string& name, int64_t dim, int64_t start, int64_t length) {
+  const SafetensorsFile& file = file_of(name);
+  used_.insert(name);
+  return file.read_slice(name, dim, start, length);
+}
+
+void WeightFile::require_all_used() const {
+  std::string unused;
+  size_t count = 0;
+  for (const auto& [name, file] : where_) {
+    if (used_.contains(name)) continue;
+    if (++count <= kMaxNamed) unused += (count == 1 ? "" : ", ") + name;
+  }
+  if (count == 0) return;
+  throw InputError(folder_ + ": " + std::to_string(count) + " tensors have no place in the model of its config.json: " +
+                   unused + (count > kMaxNamed ? ", ..." : "") +
+                   ". A model that ignores weights is another model: check that config.json belongs to them.");
+}
+
+int64_t WeightFile::bytes_read() const {
+  int64_t sum = 0;
+  for (const auto& file : files_) sum += file->bytes_read();
+  return sum;
+}
+
+}  // namespace corank

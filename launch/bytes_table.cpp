@@ -1,0 +1,60 @@
+#include "launch/bytes_table.h"
+
+#include <fmt/format.h>
+
+#include "launch/console.h"
+#include "launch/results.h"
+
+namespace corank {
+namespace {
+
+int64_t total(const std::map<Purpose, int64_t>& bytes) {
+  int64_t sum = 0;
+  for (const auto& entry : bytes) sum += entry.second;
+  return sum;
+}
+
+int64_t at_or_zero(const std::map<Purpose, int64_t>& bytes, Purpose purpose) {
+  const auto found = bytes.find(purpose);
+  return found == bytes.end() ? 0 : found->second;
+}
+
+}  // namespace
+
+std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig& adapter,
+                                           const std::vector<BatchSize>& micro_batches) {
+  const Mesh& mesh = session.mesh();
+  const int64_t element = session.run().model.dtype == at::kFloat ? 4 : 2;
+  return predict_step_bytes(traffic_shape(session.model()), adapter, mesh.tp().size(), mesh.dp().size(),
+                            static_cast<int>(element), session.run().model.checkpointing, micro_batches);
+}
+
+std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Purpose, int64_t>& full) {
+  std::string text = fmt::format("  {:<20} {:>16} {:>18}\n", "bytes a step, rank 0", "this run", "full fine-tuning");
+  for (const Purpose purpose : kStepPurposes) {
+    const int64_t ours = at_or_zero(run, purpose), theirs = at_or_zero(full, purpose);
+    if (ours || theirs) text += fmt::format("  {:<20} {:>16} {:>18}\n", name(purpose), grouped(ours), grouped(theirs));
+  }
+  text += fmt::format("  {:<20} {:>16} {:>18}", "total", grouped(total(run)), grouped(total(full)));
+  if (total(run) > 0) text += fmt::format("   {:.1f} times less", static_cast<double>(total(full)) / static_cast<double>(total(run)));
+  return text;
+}
+
+std::string closing_text(Session& session, const std::map<Purpose, int64_t>& counted) {
+  const RunConfig& run = session.run();
+  std::string text = fmt::format("{}: {}\n", session.method().trains_base() ? "model" : "adapter", result_path(session));
+  if (session.mesh().world().size() > 1) {
+    // What does not depend on the method was counted; the gradients of full fine-tuning are predicted.
+    std::map<Purpose, int64_t> full = counted;
+    AdapterConfig method;
+    method.method = "full";
+    full.erase(Purpose::adapter_gradients);
+    full[Purpose::weight_gradients] = at_or_zero(predicted_bytes(session, method, {}), Purpose::weight_gradients);
+    text += bytes_table(counted, full) + "\n";
+  }
+  text += session.method().trains_base() ? fmt::format("use it: corank eval {} model.path={}", run.file, result_path(session))
+                                         : fmt::format("use it: launch/chat {} --adapter {}", run.file, result_path(session));
+  return text;
+}
+
+}  // namespace corank

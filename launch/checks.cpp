@@ -1,0 +1,63 @@
+#include "launch/checks.h"
+
+#include <fmt/format.h>
+
+#include "comm/backends.h"
+#include "trainer/adapter/adapter_file.h"
+#include "trainer/adapter/methods.h"
+#include "trainer/agree.h"
+
+namespace corank {
+namespace {
+
+void check_layout(const RunConfig& run, int ranks) {
+  const int64_t tensor = run.parallel.tensor;
+  if (ranks % tensor != 0) {
+    throw ConfigError(fmt::format("parallel.tensor: {} does not divide the {} ranks of this job. Start a multiple of it.", tensor,
+                                  ranks));
+  }
+  const int64_t data = ranks / tensor, rows = run.train.micro_batch_size * data;
+  if (run.train.global_batch_size % rows != 0) {
+    throw ConfigError(fmt::format("train.global_batch_size: {} is not a multiple of micro_batch_size {} x {} data-parallel "
+                                  "ranks.",
+                                  run.train.global_batch_size, run.train.micro_batch_size, data));
+  }
+}
+
+int64_t check_tokens(const std::string& path, int64_t vocab_size) {
+  if (path.empty()) return 0;
+  const TokenFile file(path);
+  file.validate(vocab_size);
+  return file.size();
+}
+
+}  // namespace
+
+CheckedInputs check_inputs(const RunConfig& run, int ranks) {
+  check_layout(run, ranks);
+  const std::string origin = run.model.path.empty() ? "model.shape " + run.model.shape : run.model.path + "/config.json";
+  check_model_config(model_config_json(run.model), origin, static_cast<int>(run.parallel.tensor));
+  Ledger ledger;
+  const auto solo = make_solo_communicator(at::kCPU, ledger);
+  const auto model = outline_model(run.model, *solo);
+  CheckedInputs result;
+  result.base_parameters = num_base_parameters(*model);
+  std::vector<std::string> linears;
+  for (const AdaptedLinear* linear : model->linears()) linears.push_back(linear->name());
+  AdapterConfig adapter = run.adapter;
+  if (!adapter.path.empty()) {
+    adapter = merge_with_file(adapter, run.adapter_keys, read_adapter(adapter.path).config, linears);
+  }
+  if (!make_method(adapter)->trains_base()) result.targets = select_targets(adapter, linears);
+  result.train_samples = check_tokens(run.data.train, model->vocab_size());
+  result.eval_samples = check_tokens(run.data.eval, model->vocab_size());
+  return result;
+}
+
+void check_inputs_together(const RunConfig& run, const World& world) {
+  Ledger ledger;
+  const auto all = make_communicator("mpi", world, ledger);
+  on_rank_0(*all, [&] { check_inputs(run, world.size()); });
+}
+
+}  // namespace corank

@@ -1,0 +1,48 @@
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "comm/world.h"
+
+namespace CLI {
+class App;
+}
+
+namespace corank {
+
+/// Options that most commands share.
+struct CommandLine {
+  std::string run_file;
+  std::vector<std::string> overrides;  ///< key.sub=value
+  bool json = false;                   ///< one JSON object on standard output, everything else on standard error
+};
+
+/// One command of the binary. A command is one file and one line of the table in main.cpp.
+struct Command {
+  const char* name;
+  const char* help;
+  /// Declares options on `app` and returns what runs the command: the exit code, or throws Error. Rank commands get the
+  /// World; the others are called with nullptr.
+  std::function<int(const World* world)> (*declare)(CLI::App& app);
+  bool uses_ranks;
+};
+
+std::function<int(const World*)> declare_train(CLI::App& app);
+std::function<int(const World*)> declare_eval(CLI::App& app);
+std::function<int(const World*)> declare_generate(CLI::App& app);
+std::function<int(const World*)> declare_export(CLI::App& app);
+std::function<int(const World*)> declare_import(CLI::App& app);
+std::function<int(const World*)> declare_inspect(CLI::App& app);
+std::function<int(const World*)> declare_validate(CLI::App& app);
+std::function<int(const World*)> declare_bench_comm(CLI::App& app);
+std::function<int(const World*)> declare_bench_step(CLI::App& app);
+
+/// Adds RUN.yaml, overrides and --json to a command.
+void add_run_options(CLI::App& app, CommandLine& line);
+
+/// True once SIGTERM, SIGINT or SIGUSR1 came. Set by the handlers of watch_signals().
+bool stop_requested();
+void watch_signals();
+
+}  // namespace corank

@@ -1,0 +1,72 @@
+#include "launch/console.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cmath>
+
+namespace corank {
+
+Console::Console(bool leader, bool json) : leader_(leader), out_(json ? stderr : stdout), bar_(isatty(STDERR_FILENO) == 1) {}
+
+void Console::say(const std::string& text) {
+  if (!leader_) return;
+  if (bar_) fmt::print(stderr, "\r\033[K");
+  fmt::print(out_, "{}\n", text);
+  std::fflush(out_);
+}
+
+void Console::on_step(const StepRecord& r) {
+  say(fmt::format("step {:>{}}/{}  loss {:.4f}  grad_norm {:.4f}  lr {:.3e}  {:.0f} tokens/s  {:.2f} s{}", r.step,
+                  std::to_string(r.max_steps).size(), r.max_steps, r.loss, r.grad_norm, r.learning_rate, r.tokens_per_second,
+                  r.step_seconds, r.eval_loss ? fmt::format("  eval_loss {:.4f}", *r.eval_loss) : ""));
+  if (bar_ && leader_) draw_bar(r);
+}
+
+void Console::draw_bar(const StepRecord& r) {
+  constexpr int kWidth = 30;
+  seconds_per_step_ = seconds_per_step_ == 0 ? r.step_seconds : 0.9 * seconds_per_step_ + 0.1 * r.step_seconds;
+  const int done = static_cast<int>(kWidth * r.step / r.max_steps);
+  const auto left = static_cast<int64_t>(seconds_per_step_ * static_cast<double>(r.max_steps - r.step));
+  fmt::print(stderr, "[{:=<{}}{: <{}}] {}/{}  {}:{:02}:{:02} left", "", done, "", kWidth - done, r.step, r.max_steps,
+             left / 3600, left / 60 % 60, left % 60);
+  std::fflush(stderr);
+}
+
+void Console::introduce(Session& session, const World& world, int threads) {
+  const RunConfig& run = session.run();
+  const int64_t trainable = session.store().num_parameters();
+  const int64_t all = num_base_parameters(session.model()) + (session.method().trains_base() ? 0 : trainable);
+  say(fmt::format("trainable params: {} || all params: {} || trainable%: {:.4f}", grouped(trainable), grouped(all),
+                  100.0 * static_cast<double>(trainable) / static_cast<double>(all)));
+  const int dp = session.mesh().dp().size(), tp = session.mesh().tp().size();
+  const int64_t micro = run.train.micro_batch_size, global = run.train.global_batch_size;
+  say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {} dp x {} accumulation x {} micro-batch", world.size(), dp, tp,
+                  global, dp, global / (dp * micro), micro));
+  say(fmt::format("backend {}, {} on {}, {} thread{} a rank ({} rank{} on this host)", run.parallel.backend,
+                  run.model.dtype == at::kFloat ? "float32" : "bfloat16", session.mesh().device().str(), threads,
+                  threads == 1 ? "" : "s", world.local_size(), world.local_size() == 1 ? "" : "s"));
+  const int64_t base = base_bytes(session.model()), local = session.store().num_local();
+  const int64_t state = local * 4 * 4;  // masters, gradients, two moments, float32
+  say(fmt::format("memory a rank: frozen and trained weights {}, adapter with gradients and moments {}", human_bytes(base),
+                  human_bytes(state)));
+}
+
+std::string human_bytes(int64_t bytes) {
+  constexpr const char* kUnits[] = {"B", "kB", "MB", "GB", "TB"};
+  auto value = static_cast<double>(bytes);
+  int unit = 0;
+  while (value >= 1000 && unit < 4) {
+    value /= 1000;
+    ++unit;
+  }
+  return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, kUnits[unit]);
+}
+
+std::string grouped(int64_t number) {
+  std::string digits = std::to_string(number);
+  for (auto i = static_cast<int64_t>(digits.size()) - 3; i > 0; i -= 3) digits.insert(static_cast<size_t>(i), 1, ',');
+  return digits;
+}
+
+}  // namespace corank

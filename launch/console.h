@@ -1,0 +1,34 @@
+#pragma once
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include "launch/session.h"
+#include "trainer/metrics.h"
+
+namespace corank {
+
+/// What a run prints. Only rank 0 prints to standard output; with --json text goes to standard error.
+class Console : public Observer {
+ public:
+  Console(bool leader, bool json);
+  void say(const std::string& text);
+  void on_step(const StepRecord& record) override;
+  /// The first lines of a run: trainable parameters as PEFT counts them, the batch's product, threads, memory.
+  void introduce(Session& session, const World& world, int threads);
+
+ private:
+  void draw_bar(const StepRecord& record);
+
+  bool leader_;
+  std::FILE* out_;
+  bool bar_;
+  double seconds_per_step_ = 0;
+};
+
+/// "21.0 MB", decimal units.
+std::string human_bytes(int64_t bytes);
+/// "4,884,480".
+std::string grouped(int64_t number);
+
+}  // namespace corank

@@ -1,0 +1,73 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <filesystem>
+
+#include "configs/error.h"
+#include "data/file.h"
+#include "launch/commands.h"
+#include "trainer/adapter/adapter_file.h"
+#include "trainer/checkpoint.h"
+
+// export: checkpoint -> PEFT folder; import: the way back. No model and no GPU is needed.
+namespace corank {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Arguments {
+  std::string input, output, as = "peft";
+};
+
+void refuse_own_input(const Arguments& a) {
+  if (fs::exists(a.output) && fs::exists(a.input) && fs::equivalent(a.input, a.output)) {
+    throw ConfigError(fmt::format("--out: {} is the input itself.", a.output));
+  }
+  if (fs::exists(fs::path(a.output) / "manifest.json")) {
+    throw ConfigError(fmt::format("--out: {} is a checkpoint; choose another folder.", a.output));
+  }
+}
+
+int run_export(const Arguments& a) {
+  refuse_own_input(a);
+  std::string why;
+  if (fs::exists(fs::path(a.input) / "manifest.json") && !verify_checkpoint(a.input, why)) {
+    throw InputError(fmt::format("{}: not a complete checkpoint: {}.", a.input, why));
+  }
+  const AdapterFile adapter = read_adapter(a.input);
+  write_peft_folder(a.output, adapter);
+  const bool patterns = !adapter.config.rank_pattern.empty() || !adapter.config.alpha_pattern.empty();
+  fmt::print("{}: {} tensors. PEFT and transformers load it as it is; {}\n", a.output, adapter.tensors.size(),
+             patterns ? "consumers that know one rank for all modules (vLLM, S-LoRA) do not read its rank or alpha pattern."
+                      : "so do consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) up to their largest rank.");
+  return 0;
+}
+
+int run_import(const Arguments& a) {
+  if (a.output.size() < 4 || !a.output.ends_with(".h5")) throw ConfigError("--out: give a file name that ends in .h5");
+  refuse_own_input(a);
+  const AdapterFile adapter = read_adapter(a.input);
+  write_file_atomically(a.output, adapter_h5_image(adapter));
+  fmt::print("{}: {} tensors, rank {}, alpha {}\n", a.output, adapter.tensors.size(), adapter.config.r, adapter.config.lora_alpha);
+  return 0;
+}
+
+}  // namespace
+
+std::function<int(const World*)> declare_export(CLI::App& app) {
+  auto a = std::make_shared<Arguments>();
+  app.add_option("checkpoint", a->input, "checkpoint folder or adapter.h5")->required();
+  app.add_option("--out", a->output, "folder to write")->required();
+  app.add_option("--as", a->as, "peft, or plain-lora for consumers that take nothing else (the same for LoRA)")
+      ->check(CLI::IsMember({"peft", "plain-lora"}));
+  return [a](const World*) { return run_export(*a); };
+}
+
+std::function<int(const World*)> declare_import(CLI::App& app) {
+  auto a = std::make_shared<Arguments>();
+  app.add_option("peft_dir", a->input, "PEFT folder")->required();
+  app.add_option("--out", a->output, "adapter file to write, .h5")->required();
+  return [a](const World*) { return run_import(*a); };
+}
+
+}  // namespace corank

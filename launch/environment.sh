@@ -1,0 +1,25 @@
+# Sourced by the scripts of launch/: where things are, and how ranks are started on this machine.
+: "${CORANK_CACHE:=${XDG_CACHE_HOME:-$HOME/.cache}/corank}"
+if [ -z "${CORANK_PRESET:-}" ]; then
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then CORANK_PRESET=gpu; else CORANK_PRESET=cpu; fi
+fi
+export CORANK_CACHE CORANK_PRESET
+
+# corank_mpirun RANKS COMMAND...: ranks share this machine's cores; as root, Open MPI wants to be told that it is meant.
+corank_mpirun() {
+  local ranks=$1
+  shift
+  if [ "$(id -u)" -eq 0 ]; then
+    OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 mpirun --oversubscribe --bind-to none -np "$ranks" "$@"
+  else
+    mpirun --oversubscribe --bind-to none -np "$ranks" "$@"
+  fi
+}
+
+# corank_install PACKAGE...: distribution packages.
+corank_install() {
+  local sudo=
+  [ "$(id -u)" -eq 0 ] || sudo=sudo
+  $sudo apt-get update -q >&2
+  $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" >&2
+}

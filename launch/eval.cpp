@@ -1,0 +1,48 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "launch/checks.h"
+#include "launch/commands.h"
+#include "launch/console.h"
+#include "launch/session.h"
+#include "trainer/step.h"
+
+namespace corank {
+namespace {
+
+int run_eval(const CommandLine& line, const World& world) {
+  share_cores(world);
+  const RunConfig run = read_run(line.run_file, line.overrides);
+  if (run.data.eval.empty()) throw ConfigError(run.file + ": data.eval: names no token file.");
+  check_inputs_together(run, world);
+  Session session(run, world);
+  const Mesh& mesh = session.mesh();
+  const TokenFile file(run.data.eval);
+  const auto batches = evaluation_batches(file, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
+  const EvalResult result = evaluate(mesh, session.model(), batches);
+  if (!session.leader()) return 0;
+  if (line.json) {
+    fmt::print("{}\n", nlohmann::json{{"loss", result.loss},
+                                      {"perplexity", std::exp(result.loss)},
+                                      {"target_tokens", result.target_tokens},
+                                      {"samples", file.size()}}
+                           .dump());
+  } else {
+    fmt::print("loss {:.6f}  perplexity {:.4f}  target tokens {}  samples {}\n", result.loss, std::exp(result.loss),
+               grouped(result.target_tokens), grouped(file.size()));
+  }
+  return 0;
+}
+
+}  // namespace
+
+std::function<int(const World*)> declare_eval(CLI::App& app) {
+  auto line = std::make_shared<CommandLine>();
+  add_run_options(app, *line);
+  return [line](const World* world) { return run_eval(*line, *world); };
+}
+
+}  // namespace corank

@@ -1,0 +1,52 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "launch/commands.h"
+#include "launch/session.h"
+#include "trainer/generation.h"
+
+namespace corank {
+namespace {
+
+struct Arguments : CommandLine {
+  std::vector<int64_t> prompt;
+  GenerationOptions options;
+};
+
+int run_generate(const Arguments& a, const World& world) {
+  share_cores(world);
+  RunConfig run = read_run(a.run_file, a.overrides);
+  if (run.parallel.tensor != world.size()) {
+    throw ConfigError(fmt::format("generate: {} ranks, but parallel.tensor is {}. A prompt has one data-parallel group.",
+                                  world.size(), run.parallel.tensor));
+  }
+  run.model.max_positions = static_cast<int64_t>(a.prompt.size()) + a.options.max_new_tokens;
+  Session session(run, world);
+  for (const int64_t token : a.prompt) {
+    if (token >= 0 && token < session.model().vocab_size()) continue;
+    throw InputError(fmt::format("--prompt-tokens: {} is not in the model's vocabulary [0, {}).", token,
+                                 session.model().vocab_size()));
+  }
+  const auto tokens = generate(session.model(), a.prompt, a.options, session.mesh().tp());
+  if (!session.leader()) return 0;
+  fmt::print("{}\n", a.json ? nlohmann::json{{"tokens", tokens}}.dump() : fmt::format("{}", fmt::join(tokens, ",")));
+  return 0;
+}
+
+}  // namespace
+
+std::function<int(const World*)> declare_generate(CLI::App& app) {
+  auto a = std::make_shared<Arguments>();
+  add_run_options(app, *a);
+  app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated")->required()->delimiter(',');
+  app.add_option("--max-new-tokens", a->options.max_new_tokens, "tokens to add at most")->check(CLI::PositiveNumber);
+  app.add_option("--temperature", a->options.temperature, "0: greedy")->check(CLI::NonNegativeNumber);
+  app.add_option("--top-p", a->options.top_p, "nucleus sampling")->check(CLI::Range(0.0, 1.0));
+  app.add_option("--seed", a->options.seed, "of the sampling");
+  app.add_option("--stop-tokens", a->options.stop_tokens, "generation ends after one of these")->delimiter(',');
+  return [a](const World* world) { return run_generate(*a, *world); };
+}
+
+}  // namespace corank

@@ -1,0 +1,116 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "configs/error.h"
+#include "data/h5.h"
+#include "data/token_file.h"
+#include "data/weight_file.h"
+#include "launch/commands.h"
+#include "launch/console.h"
+#include "trainer/adapter/adapter_file.h"
+#include "trainer/checkpoint.h"
+
+namespace corank {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::ordered_json;
+
+ordered_json describe(const at::Tensor& tensor) {
+  return {{"shape", tensor.sizes().vec()},
+          {"dtype", c10::toString(tensor.scalar_type())},
+          {"bytes", tensor.nbytes()},
+          {"norm", at::linalg_vector_norm(tensor.to(at::kDouble)).item<double>()}};
+}
+
+ordered_json inspect_adapter(const std::string& path) {
+  const AdapterFile adapter = read_adapter(path);
+  ordered_json result{{"kind", "adapter"},
+                      {"base_model", adapter.base_model},
+                      {"config", ordered_json::parse(peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model))}};
+  for (const auto& [name, tensor] : adapter.tensors) result["tensors"][name] = describe(tensor);
+  return result;
+}
+
+ordered_json inspect_checkpoint(const std::string& path) {
+  std::string why;
+  const auto manifest = verify_checkpoint(path, why);
+  if (!manifest) throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));
+  ordered_json result = inspect_adapter(path);
+  result["kind"] = "checkpoint";
+  result["step"] = manifest->step;
+  result["identity"] = manifest->identity;
+  return result;
+}
+
+ordered_json inspect_tokens(const std::string& path) {
+  const TokenFile file(path);
+  const h5::Reader attributes(path);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < file.size(); ++i) longest = std::max(longest, file.length(i));
+  ordered_json result{{"kind", "tokens"},
+                      {"samples", file.size()},
+                      {"tokens", file.num_tokens()},
+                      {"longest", longest},
+                      {"vocab_size", file.vocab_size()},
+                      {"sha256", file.fingerprint()}};
+  for (const char* name : {"tokenizer", "source", "created"}) {
+    if (attributes.has_attribute(name)) result[name] = attributes.attribute_string(name);
+  }
+  return result;
+}
+
+ordered_json inspect_model(const std::string& path) {
+  const WeightFile file(path);
+  ordered_json result{{"kind", "model"}, {"parameters", 0}};
+  int64_t parameters = 0;
+  for (const std::string& name : file.names()) {
+    const TensorInfo& info = file.info(name);
+    result["tensors"][name] = {{"shape", info.shape}, {"dtype", c10::toString(info.dtype)}, {"bytes", info.bytes}};
+    parameters += info.bytes / static_cast<int64_t>(c10::elementSize(info.dtype));
+  }
+  result["parameters"] = parameters;
+  return result;
+}
+
+ordered_json inspect(const std::string& path) {
+  if (!fs::exists(path)) throw MissingError(path + ": no such file or folder.");
+  if (fs::exists(fs::path(path) / "manifest.json")) return inspect_checkpoint(path);
+  if (fs::exists(fs::path(path) / "adapter_config.json")) return inspect_adapter(path);
+  if (fs::is_directory(path)) return inspect_model(path);
+  return h5::Reader(path).has("tokens") ? inspect_tokens(path) : inspect_adapter(path);
+}
+
+void print_text(const ordered_json& result) {
+  for (const auto& [key, value] : result.items()) {
+    if (key == "tensors") continue;
+    fmt::print("{}: {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+  }
+  if (!result.contains("tensors")) return;
+  for (const auto& [name, t] : result["tensors"].items()) {
+    fmt::print("  {:<70} {:<14} {:>10}{}\n", name, t["shape"].dump(), human_bytes(t["bytes"].get<int64_t>()),
+               t.contains("norm") ? fmt::format("  norm {:.4g}", t["norm"].get<double>()) : "");
+  }
+}
+
+}  // namespace
+
+std::function<int(const World*)> declare_inspect(CLI::App& app) {
+  struct Arguments {
+    std::string path;
+    bool json = false;
+  };
+  auto a = std::make_shared<Arguments>();
+  app.add_option("path", a->path, "checkpoint, adapter, token file or model folder")->required();
+  app.add_flag("--json", a->json, "one JSON object");
+  return [a](const World*) {
+    const ordered_json result = inspect(a->path);
+    a->json ? fmt::print("{}\n", result.dump()) : print_text(result);
+    return 0;
+  };
+}
+
+}  // namespace corank

@@ -1,0 +1,94 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <thread>
+
+#include "configs/error.h"
+#include "launch/commands.h"
+
+namespace {
+
+constexpr corank::Command kCommands[] = {
+    {"train", "train an adapter (or all weights) as RUN.yaml says; resumes by itself", corank::declare_train, true},
+    {"eval", "mean loss over the target tokens of data.eval", corank::declare_eval, true},
+    {"generate", "continue a prompt given as token ids", corank::declare_generate, true},
+    {"export", "checkpoint -> PEFT folder", corank::declare_export, false},
+    {"import", "PEFT folder -> adapter.h5", corank::declare_import, false},
+    {"inspect", "what is in a checkpoint, token file, adapter or model", corank::declare_inspect, false},
+    {"validate", "every check that train makes before its first step", corank::declare_validate, false},
+    {"bench comm", "bytes of one step by purpose, predicted and counted, against full fine-tuning", corank::declare_bench_comm,
+     true},
+    {"bench step", "speed and memory of the training step", corank::declare_bench_step, true},
+};
+
+struct Chosen {
+  const corank::Command* command = nullptr;
+  std::function<int(const corank::World*)> run;
+  bool among_peers = false;  ///< other ranks may be waiting for this one
+  int rank = 0;
+};
+
+/// Declares every command of the table on `app`; the parsed one ends up in `chosen`.
+void declare_all(CLI::App& app, Chosen& chosen) {
+  CLI::App* bench = nullptr;
+  for (const corank::Command& command : kCommands) {
+    const std::string name = command.name;
+    const size_t blank = name.find(' ');
+    CLI::App* parent = &app;
+    if (blank != std::string::npos) {
+      if (!bench) bench = app.add_subcommand(name.substr(0, blank), "measurements")->require_subcommand(1);
+      parent = bench;
+    }
+    CLI::App* sub = parent->add_subcommand(name.substr(blank + 1), command.help);
+    auto run = command.declare(*sub);
+    sub->callback([&chosen, &command, run = std::move(run)] { chosen = {&command, run, false, 0}; });
+  }
+}
+
+int run(Chosen& chosen, int* argc, char*** argv) {
+  if (!chosen.command->uses_ranks) return chosen.run(nullptr);
+  chosen.among_peers = corank::started_by_mpi();
+  corank::World world(argc, argv);
+  chosen.rank = world.rank();
+  const int code = chosen.run(&world);
+  world.finish();
+  return code;
+}
+
+/// The process ends with `code`. Where peers may be waiting in a collective the whole job ends with it.
+[[noreturn]] void end(const Chosen& chosen, corank::ExitCode code, const std::string& message) {
+  // What every rank refuses is said once: rank 0 has this long to end the job.
+  if (chosen.rank != 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  fmt::print(stderr, "corank: {}{}\n", chosen.rank == 0 ? "" : fmt::format("rank {}: ", chosen.rank), message);
+  std::fflush(nullptr);
+  if (chosen.among_peers) corank::World::abort(static_cast<int>(code));
+  _exit(static_cast<int>(code));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"corank: low-rank adapters, trained across many ranks"};
+  app.name("corank");
+  app.set_version_flag("--version", CORANK_VERSION);
+  app.require_subcommand(1);
+  Chosen chosen;
+  declare_all(app, chosen);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    const int code = app.exit(e);
+    return code == 0 ? 0 : static_cast<int>(corank::ExitCode::usage);
+  }
+  try {
+    return run(chosen, &argc, &argv);
+  } catch (const corank::Error& e) {
+    end(chosen, e.code(), e.what());
+  } catch (const std::exception& e) {
+    end(chosen, corank::ExitCode::internal, e.what());
+  }
+}

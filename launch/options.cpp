@@ -1,0 +1,28 @@
+#include <csignal>
+
+#include <CLI/CLI.hpp>
+
+#include "launch/commands.h"
+
+namespace corank {
+namespace {
+
+volatile std::sig_atomic_t signal_came = 0;  // a signal handler can reach nothing else
+
+}  // namespace
+
+void add_run_options(CLI::App& app, CommandLine& line) {
+  app.add_option("run_file", line.run_file, "the run, YAML")->required();
+  app.add_option("overrides", line.overrides, "key.sub=value, laid over the run file");
+  app.add_flag("--json", line.json, "one JSON object on standard output, everything else on standard error");
+}
+
+bool stop_requested() { return signal_came != 0; }
+
+void watch_signals() {
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) {
+    std::signal(signal, [](int) { signal_came = 1; });
+  }
+}
+
+}  // namespace corank

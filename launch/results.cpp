@@ -1,0 +1,47 @@
+#include "launch/results.h"
+
+#include <filesystem>
+
+#include "data/file.h"
+#include "data/safetensors.h"
+#include "trainer/agree.h"
+
+namespace corank {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// Weights in the run's dtype, and everything else of the base folder but its weights.
+void write_model_folder(const std::string& folder, const RunConfig& run, const AdapterFile& weights) {
+  make_folders(folder);
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const auto& [name, tensor] : weights.tensors) tensors.emplace_back(name, tensor.to(run.model.dtype));
+  write_file_atomically(folder + "/model.safetensors", safetensors_image(tensors));
+  write_file_atomically(folder + "/config.json", model_config_json(run.model));
+  if (run.model.path.empty()) return;
+  for (const auto& entry : fs::directory_iterator(run.model.path)) {
+    const std::string name = entry.path().filename().string();
+    const bool weight = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") || name.ends_with(".bin");
+    if (!entry.is_regular_file() || weight || name == "config.json") continue;
+    write_file_atomically(folder + "/" + name, read_file(entry.path().string()));
+  }
+}
+
+}  // namespace
+
+std::string result_path(Session& session) {
+  return session.run().output_dir + (session.method().trains_base() ? "/model" : "/adapter");
+}
+
+void write_result(Session& session, const RunIdentity& identity) {
+  const AdapterFile result = collect_adapter(session.store(), identity, session.mesh().tp());
+  on_rank_0(session.mesh().world(), [&] {
+    if (session.method().trains_base()) {
+      write_model_folder(result_path(session), session.run(), result);
+    } else {
+      write_peft_folder(result_path(session), result);
+    }
+  });
+}
+
+}  // namespace corank

@@ -1,0 +1,13 @@
+#pragma once
+#include <string>
+
+#include "launch/session.h"
+
+namespace corank {
+
+/// output_dir/adapter (a PEFT folder), or output_dir/model (a Hugging Face folder) after full fine-tuning.
+std::string result_path(Session& session);
+/// Collective over the world. Writes it.
+void write_result(Session& session, const RunIdentity& identity);
+
+}  // namespace corank

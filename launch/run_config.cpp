@@ -1,0 +1,216 @@
+#include "launch/run_config.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "comm/backends.h"
+#include "configs/reader.h"
+#include "trainer/adapter/methods.h"
+
+namespace corank {
+namespace {
+
+const std::vector<std::string> kAdapterKeys{"method",          "r",            "lora_alpha",    "lora_dropout",
+                                            "target_modules",  "use_rslora",   "rank_pattern",  "alpha_pattern",
+                                            "exclude_modules", "init_lora_weights"};
+
+int64_t positive(const Section& section, const std::string& key, int64_t value) {
+  if (value <= 0) section.fail(key, fmt::format("{} is not positive", value));
+  return value;
+}
+
+int64_t not_negative(const Section& section, const std::string& key, int64_t value) {
+  if (value < 0) section.fail(key, fmt::format("{} is negative", value));
+  return value;
+}
+
+double within(const Section& section, const std::string& key, double value, double low, double high) {
+  if (!(value >= low && value <= high)) section.fail(key, fmt::format("{} is not in [{}, {}]", value, low, high));
+  return value;
+}
+
+void read_model(const Section& s, ModelOptions& m) {
+  m.path = s.get<std::string>("path", "");
+  m.shape = s.get<std::string>("shape", "");
+  if (m.path.empty() == m.shape.empty()) s.fail("path", "name a model folder (path) or a shape with random weights, one of both");
+  m.dtype = s.get_choice("dtype", "bfloat16", {"float32", "bfloat16"}) == "float32" ? at::kFloat : at::kBFloat16;
+  m.quantization = s.get_choice("quantization", "none", format_names());
+}
+
+void read_data(const Section& s, DataConfig& d) {
+  d.train = s.get<std::string>("train", "");
+  d.eval = s.get<std::string>("eval", "");
+  d.seq_len = positive(s, "seq_len", s.get<int64_t>("seq_len", d.seq_len));
+  d.packing = s.get<bool>("packing", d.packing);
+  d.shuffle = s.get<bool>("shuffle", d.shuffle);
+}
+
+void read_parallel(const Section& s, ParallelConfig& p) {
+  p.tensor = positive(s, "tensor", s.get<int64_t>("tensor", p.tensor));
+  p.backend = s.get_choice("backend", default_backend(), backend_names());
+  s.get_choice("shard_base", "none", {"none"});
+}
+
+Checkpointing checkpointing_of(const std::string& name) {
+  return name == "full" ? Checkpointing::full : name == "mlp" ? Checkpointing::mlp : Checkpointing::none;
+}
+
+std::string name_of(Checkpointing c) {
+  return c == Checkpointing::full ? "full" : c == Checkpointing::mlp ? "mlp" : "none";
+}
+
+void read_steps(const Section& s, TrainConfig& t) {
+  t.max_steps = s.get_optional<int64_t>("max_steps");
+  t.num_train_epochs = s.get_optional<double>("num_train_epochs");
+  if (t.max_steps) positive(s, "max_steps", *t.max_steps);
+  if (t.num_train_epochs && !(*t.num_train_epochs > 0)) s.fail("num_train_epochs", "not positive");
+  if (t.max_steps && t.num_train_epochs) s.fail("max_steps", "contradicts num_train_epochs; give one of them");
+  t.warmup_steps = s.get_optional<int64_t>("warmup_steps");
+  t.warmup_ratio = s.get_optional<double>("warmup_ratio");
+  if (t.warmup_steps) not_negative(s, "warmup_steps", *t.warmup_steps);
+  if (t.warmup_ratio) within(s, "warmup_ratio", *t.warmup_ratio, 0, 1);
+  if (t.warmup_steps && t.warmup_ratio) s.fail("warmup_steps", "contradicts warmup_ratio; give one of them");
+}
+
+void read_train(const Section& s, TrainConfig& t, ModelOptions& model) {
+  read_steps(s, t);
+  t.global_batch_size = positive(s, "global_batch_size", s.get<int64_t>("global_batch_size", t.global_batch_size));
+  t.micro_batch_size = positive(s, "micro_batch_size", s.get<int64_t>("micro_batch_size", t.micro_batch_size));
+  t.learning_rate = within(s, "learning_rate", s.get<double>("learning_rate", t.learning_rate), 0, 1e6);
+  t.lr_scheduler_type = s.get_choice("lr_scheduler_type", t.lr_scheduler_type, {"constant", "linear", "cosine"});
+  t.optimizer.weight_decay = within(s, "weight_decay", s.get<double>("weight_decay", 0.0), 0, 1e6);
+  ops::AdamW& adamw = t.optimizer.adamw;
+  adamw.beta1 = within(s, "adam_beta1", s.get<double>("adam_beta1", adamw.beta1), 0, 1);
+  adamw.beta2 = within(s, "adam_beta2", s.get<double>("adam_beta2", adamw.beta2), 0, 1);
+  adamw.epsilon = within(s, "adam_epsilon", s.get<double>("adam_epsilon", adamw.epsilon), 0, 1);
+  t.max_grad_norm = within(s, "max_grad_norm", s.get<double>("max_grad_norm", t.max_grad_norm), 0, 1e30);
+  t.seed = not_negative(s, "seed", s.get<int64_t>("seed", t.seed));
+  model.checkpointing = checkpointing_of(s.get_choice("activation_checkpointing", "none", {"none", "mlp", "full"}));
+  if (s.get<bool>("reproducible", false)) {
+    s.fail("reproducible", "bits that do not depend on the number of data-parallel ranks are not built yet; leave it out");
+  }
+}
+
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (char c : text) {
+    if (c == '"' || c == '\\') result += '\\';
+    result += c;
+  }
+  return result + "\"";
+}
+
+std::string list(const std::vector<std::string>& names) {
+  std::string result;
+  for (const std::string& name : names) result += (result.empty() ? "" : ", ") + quoted(name);
+  return "[" + result + "]";
+}
+
+std::string pattern(const ModulePattern& p) { return p.expression.empty() ? list(p.names) : quoted(p.expression); }
+
+std::string map(const std::vector<std::pair<std::string, double>>& entries) {
+  std::string result;
+  for (const auto& [key, value] : entries) result += fmt::format("{}{}: {}", result.empty() ? "" : ", ", quoted(key), value);
+  return "{" + result + "}";
+}
+
+std::string model_yaml(const ModelOptions& m) {
+  return fmt::format("  dtype: {}\n  quantization: {}\n", m.dtype == at::kFloat ? "float32" : "bfloat16", m.quantization);
+}
+
+std::string adapter_yaml(const AdapterConfig& a) {
+  std::string text = fmt::format(
+      "adapter:\n  method: {}\n  r: {}\n  lora_alpha: {}\n  lora_dropout: {}\n  use_rslora: {}\n  target_modules: {}\n", a.method,
+      a.r, a.lora_alpha, a.lora_dropout, a.use_rslora, a.all_linear ? "all-linear" : pattern(a.target_modules));
+  if (!a.exclude_modules.empty()) text += "  exclude_modules: " + pattern(a.exclude_modules) + "\n";
+  text += fmt::format("  rank_pattern: {}\n  alpha_pattern: {}\n  init_lora_weights: {}\n", map(a.rank_pattern),
+                      map(a.alpha_pattern), quoted(a.init_lora_weights));
+  if (!a.path.empty()) text += "  path: " + quoted(a.path) + "\n";
+  return text;
+}
+
+std::string data_files_yaml(const DataConfig& d) {
+  std::string text;
+  if (!d.train.empty()) text += "  train: " + quoted(d.train) + "\n";
+  if (!d.eval.empty()) text += "  eval: " + quoted(d.eval) + "\n";
+  return text;
+}
+
+std::string data_yaml(const DataConfig& d) {
+  return fmt::format("  seq_len: {}\n  packing: {}\n  shuffle: {}\n", d.seq_len, d.packing, d.shuffle);
+}
+
+std::string train_yaml(const TrainConfig& t, Checkpointing checkpointing) {
+  std::string text = "train:\n";
+  if (t.max_steps) text += fmt::format("  max_steps: {}\n", *t.max_steps);
+  if (t.num_train_epochs) text += fmt::format("  num_train_epochs: {}\n", *t.num_train_epochs);
+  if (t.warmup_steps) text += fmt::format("  warmup_steps: {}\n", *t.warmup_steps);
+  if (t.warmup_ratio) text += fmt::format("  warmup_ratio: {}\n", *t.warmup_ratio);
+  return text + fmt::format(
+                    "  global_batch_size: {}\n  micro_batch_size: {}\n  learning_rate: {}\n  lr_scheduler_type: {}\n"
+                    "  weight_decay: {}\n  adam_beta1: {}\n  adam_beta2: {}\n  adam_epsilon: {}\n  max_grad_norm: {}\n"
+                    "  seed: {}\n  activation_checkpointing: {}\n  reproducible: false\n",
+                    t.global_batch_size, t.micro_batch_size, t.learning_rate, t.lr_scheduler_type,
+                    t.optimizer.weight_decay, t.optimizer.adamw.beta1, t.optimizer.adamw.beta2,
+                    t.optimizer.adamw.epsilon, t.max_grad_norm, t.seed, name_of(checkpointing));
+}
+
+}  // namespace
+
+RunConfig read_run(const std::string& path, const std::vector<std::string>& overrides) {
+  const Section file = Section::load(path, overrides);
+  RunConfig run;
+  run.file = path;
+  read_model(file.section("model"), run.model);
+  const Section adapter = file.section("adapter");
+  run.adapter = read_adapter_config(adapter);
+  for (const std::string& key : kAdapterKeys) {
+    if (adapter.has(key)) run.adapter_keys.push_back(key);
+  }
+  read_data(file.section("data"), run.data);
+  read_parallel(file.section("parallel"), run.parallel);
+  read_train(file.section("train"), run.train, run.model);
+  run.output_dir = file.get<std::string>("output_dir", "");
+  run.logging_steps = positive(file, "logging_steps", file.get<int64_t>("logging_steps", 1));
+  run.eval_steps = not_negative(file, "eval_steps", file.get<int64_t>("eval_steps", 0));
+  run.save_steps = not_negative(file, "save_steps", file.get<int64_t>("save_steps", 0));
+  run.save_total_limit = positive(file, "save_total_limit", file.get<int64_t>("save_total_limit", 3));
+  run.resume = file.get<std::string>("resume", "auto");
+  if (run.eval_steps > 0 && run.data.eval.empty()) file.fail("eval_steps", "set, but data.eval names no token file");
+  file.done();
+  run.model.max_positions = run.data.seq_len;
+  run.model.seed = static_cast<uint64_t>(run.train.seed);
+  return run;
+}
+
+LoaderOptions RunConfig::loader_options(int dp_rank, int dp_size) const {
+  return {{data.seq_len, data.packing, data.shuffle, train.seed},
+          train.global_batch_size,
+          train.micro_batch_size,
+          dp_rank,
+          dp_size};
+}
+
+Schedule RunConfig::schedule(int64_t total_steps) const {
+  int64_t warmup = train.warmup_steps.value_or(0);
+  if (train.warmup_ratio) warmup = static_cast<int64_t>(std::ceil(*train.warmup_ratio * static_cast<double>(total_steps)));
+  return {train.lr_scheduler_type, train.learning_rate, warmup, total_steps};
+}
+
+std::string RunConfig::result_settings() const {
+  return model_yaml(model) + adapter_yaml(adapter) + data_yaml(data) + train_yaml(train, model.checkpointing);
+}
+
+std::string RunConfig::yaml() const {
+  const std::string place = model.path.empty() ? "shape: " + quoted(model.shape) : "path: " + quoted(model.path);
+  std::string text = "model:\n  " + place + "\n" + model_yaml(model) + adapter_yaml(adapter);
+  text += "data:\n" + data_files_yaml(data) + data_yaml(data) + train_yaml(train, model.checkpointing);
+  text += fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  shard_base: none\n", parallel.tensor, parallel.backend);
+  if (!output_dir.empty()) text += "output_dir: " + quoted(output_dir) + "\n";
+  text += fmt::format("logging_steps: {}\neval_steps: {}\nsave_steps: {}\nsave_total_limit: {}\nresume: {}\n", logging_steps,
+                      eval_steps, save_steps, save_total_limit, quoted(resume));
+  return text;
+}
+
+}  // namespace corank

@@ -1,0 +1,108 @@
+"""Runs the parts of launch/test one after the other and adds up their cases."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESET = os.environ["CORANK_PRESET"]
+BUILD = ROOT / "build" / PRESET
+PYTHON = Path(os.environ["CORANK_CACHE"]) / "venv" / "bin" / "python"
+
+
+class Count:
+    """Cases passed and failed, by part."""
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def add(self, part, passed, failed, seconds):
+        self.passed += passed
+        self.failed += failed
+        print(f"{part}: {passed} passed, {failed} failed ({seconds:.0f} s)", flush=True)
+
+
+def run(command, **options):
+    return subprocess.run(command, cwd=ROOT, text=True, **options)
+
+
+def sources():
+    listed = run(["git", "ls-files", "*.cpp", "*.h", "*.cu", "*.cuh"], capture_output=True).stdout.split()
+    return [name for name in listed if (ROOT / name).exists()]
+
+
+def format_check():
+    """Each C++ file as clang-format 14 (Debian 12's) lays it out; other versions differ in details."""
+    tool = shutil.which("clang-format-14") or shutil.which("clang-format")
+    version = run([tool, "--version"], capture_output=True).stdout if tool else ""
+    if " 14." not in version:
+        print("format: not checked, clang-format 14 is not installed", flush=True)
+        return 0, 0
+    bad = [name for name in sources() if run([tool, "--dry-run", "-Werror", name], capture_output=True).returncode]
+    for name in bad:
+        print(f"format: {name} is not as .clang-format says; run clang-format -i {name}")
+    return len(sources()) - len(bad), len(bad)
+
+
+def ctest():
+    """Every GoogleTest case counts once a number of ranks; a test that left no report counts as one."""
+    reports = BUILD / "test-reports"
+    for old in reports.glob("*.xml"):
+        old.unlink()
+    output = run(["ctest", "--preset", PRESET, "-j2", "--timeout", "300"], capture_output=True)
+    lines = re.findall(r"Test +#\d+: (\S+) \.+.*?(Passed|Failed|\*\*\*\S+)", output.stdout)
+    if not lines or "***" in output.stdout or output.returncode:
+        print(output.stdout[-20000:], output.stderr[-2000:])
+    passed = failed = 0
+    for name, verdict in lines:
+        report = next((p for p in (reports / f"{name}.xml", reports / f"{name}-1.xml") if p.exists()), None)
+        cases = bad = 0
+        if report:
+            suite = xml.parse(report).getroot()
+            cases, bad = int(suite.get("tests")), int(suite.get("failures")) + int(suite.get("errors"))
+        if verdict != "Passed":
+            bad = max(bad, 1)
+        passed += max(cases, 1) - bad if cases or not bad else 0
+        failed += bad
+    return passed, max(failed, 0 if lines else 1)
+
+
+def python_tests():
+    output = run([str(PYTHON), "tests/data_tools_test.py"], capture_output=True)
+    ran = int((re.findall(r"^Ran (\d+) test", output.stderr, re.M) or ["0"])[0])
+    bad = sum(int(n) for n in re.findall(r"(?:failures|errors)=(\d+)", output.stderr))
+    if output.returncode or not ran:
+        print(output.stdout[-5000:], output.stderr[-20000:])
+        bad = max(bad, 1)
+    return ran - bad if ran else 0, bad
+
+
+def cuda_build():
+    """The GPU build must compile and link wherever the CUDA compiler is; its tests need a GPU."""
+    if PRESET == "gpu" or not shutil.which("nvcc"):
+        return 0, 0
+    configure = run(["cmake", "--preset", "gpu"], capture_output=True)
+    if configure.returncode:
+        print(configure.stdout[-3000:], configure.stderr[-5000:])
+        return 0, 1
+    build = run(["cmake", "--build", "--preset", "gpu"], capture_output=True)
+    if build.returncode:
+        print(build.stdout[-10000:], build.stderr[-5000:])
+    return (1, 0) if build.returncode == 0 else (0, 1)
+
+
+def main():
+    count = Count()
+    for part, work in (("format", format_check), ("C++", ctest), ("Python tools", python_tests), ("CUDA build", cuda_build)):
+        start = time.monotonic()
+        count.add(part, *work(), time.monotonic() - start)
+    print(f"{count.passed} passed, {count.failed} failed")
+    sys.exit(1 if count.failed or not count.passed else 0)
+
+
+main()

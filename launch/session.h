@@ -1,0 +1,45 @@
+#pragma once
+#include <memory>
+#include <string>
+
+#include "comm/backends.h"
+#include "comm/mesh.h"
+#include "data/token_file.h"
+#include "launch/run_config.h"
+#include "trainer/adapter/methods.h"
+#include "trainer/checkpoint.h"
+#include "trainer/model/model.h"
+
+namespace corank {
+
+/// The parts that every command with a model shares, built in order and destroyed in reverse: ledger, mesh, model, method,
+/// parameters.
+class Session {
+ public:
+  /// Collective over the world. Builds the mesh, loads this rank's shards, attaches the adapter and loads its weights from
+  /// adapter.path if the run names one. Throws before any training state exists.
+  Session(RunConfig run, const World& world);
+
+  const RunConfig& run() const { return run_; }
+  Ledger& ledger() { return ledger_; }
+  const Mesh& mesh() const { return *mesh_; }
+  Model& model() { return *model_; }
+  AdapterMethod& method() { return *method_; }
+  ParameterStore& store() { return store_; }
+  bool leader() const { return mesh_->world().rank() == 0; }
+  /// What checkpoints of this run on `data` belong to.
+  RunIdentity identity(const TokenFile& data) const;
+
+ private:
+  RunConfig run_;
+  Ledger ledger_;
+  std::unique_ptr<Mesh> mesh_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<AdapterMethod> method_;
+  ParameterStore store_;
+};
+
+/// Shares the cores of this host among its ranks and returns the threads of this one.
+int share_cores(const World& world);
+
+}  // namespace corank

@@ -1,0 +1,141 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "data/file.h"
+#include "launch/bytes_table.h"
+#include "launch/checks.h"
+#include "launch/commands.h"
+#include "launch/console.h"
+#include "launch/results.h"
+#include "launch/session.h"
+#include "trainer/agree.h"
+#include "trainer/device.h"
+#include "trainer/trainer.h"
+
+namespace corank {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// The number of optimizer steps of the run.
+int64_t total_steps(const RunConfig& run, const Loader& loader) {
+  if (run.train.max_steps) return *run.train.max_steps;
+  const double epochs = *run.train.num_train_epochs;
+  int64_t steps = 0;
+  for (int64_t epoch = 0; epoch < static_cast<int64_t>(epochs); ++epoch) steps += loader.steps_in_epoch(epoch);
+  const double rest = epochs - std::floor(epochs);
+  if (rest > 0) {
+    const auto last = static_cast<double>(loader.steps_in_epoch(static_cast<int64_t>(epochs)));
+    steps += static_cast<int64_t>(std::ceil(rest * last));
+  }
+  return std::max<int64_t>(1, steps);
+}
+
+void require_complete(const RunConfig& run) {
+  if (run.data.train.empty()) throw ConfigError(run.file + ": data.train: names no token file. Make one with data/prepare.");
+  if (run.output_dir.empty()) throw ConfigError(run.file + ": output_dir is missing.");
+  if (!run.train.max_steps && !run.train.num_train_epochs) {
+    throw ConfigError(run.file + ": train.max_steps or train.num_train_epochs is missing.");
+  }
+}
+
+/// Where to start: the checkpoint that `resume` asks for, or step 0.
+TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Console& console) {
+  if (run.resume == "never") return {};
+  const auto path = run.resume == "auto" ? checkpoints.newest() : std::optional(run.resume);
+  if (!path) return {};
+  const TrainingState state = checkpoints.load(*path);
+  console.say(fmt::format("resuming from {} after step {}", *path, state.step));
+  return state;
+}
+
+/// Claims output_dir for this run: refuses one that holds another run, and leaves run.yaml.
+void claim_output(const RunConfig& run, const RunIdentity& identity) {
+  const std::string path = run.output_dir + "/run.yaml", mark = "# identity: " + identity.hash + "\n";
+  if (fs::exists(path) && !read_file(path).starts_with(mark)) {
+    throw ConfigError(fmt::format("output_dir: {} holds another run (other settings or data; its settings are in run.yaml). Choose "
+                                  "another output_dir or remove it.",
+                                  run.output_dir));
+  }
+  make_folders(run.output_dir);
+  write_file_atomically(path, mark + run.yaml());
+}
+
+struct Outcome {
+  TrainingState state;
+  int64_t total = 0;
+  std::map<Purpose, int64_t> bytes_per_step;  ///< counted on this rank, mean of this start's steps
+};
+
+Outcome train(Session& session, const TokenFile& data, const World& world, Console& console, int threads) {
+  const RunConfig& run = session.run();
+  const Mesh& mesh = session.mesh();
+  Optimizer optimizer(session.store(), run.train.optimizer);
+  GradReducer reducer(mesh, session.store().gradients_of(GradientScope::everywhere),
+                      session.store().gradients_of(GradientScope::data), session.method().gradient_purpose());
+  const RunIdentity identity = session.identity(data);
+  on_rank_0(mesh.world(), [&] { claim_output(run, identity); });
+  Checkpoints checkpoints(run.output_dir, identity, run.save_total_limit, mesh, session.store(), optimizer);
+
+  Loader loader(data, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
+  std::unique_ptr<TokenFile> eval_file;
+  std::vector<Batch> eval_batches;
+  if (run.eval_steps > 0) {
+    eval_file = std::make_unique<TokenFile>(run.data.eval);
+    eval_batches = evaluation_batches(*eval_file, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
+  }
+  const int64_t total = total_steps(run, loader);
+  console.introduce(session, world, threads);
+  const TrainingState start = starting_point(checkpoints, run, console);
+  std::unique_ptr<Observer> metrics;
+  if (session.leader()) metrics = metrics_file(run.output_dir + "/metrics.jsonl", start.step);
+
+  const StepParts parts{mesh, session.model(), session.method(), session.store(), optimizer, reducer};
+  Trainer trainer(parts, loader, eval_batches, checkpoints, session.ledger(), {&console, metrics.get()},
+                  {run.schedule(total), run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed), run.logging_steps,
+                   run.eval_steps, run.save_steps});
+  const Ledger::Snapshot before = session.ledger().snapshot();
+  Outcome outcome{trainer.run(start, stop_requested), total, {}};
+  const int64_t steps = std::max<int64_t>(1, outcome.state.step - start.step);
+  for (const Purpose purpose : kStepPurposes) {
+    const auto i = static_cast<size_t>(purpose);
+    outcome.bytes_per_step[purpose] = (session.ledger().snapshot()[i].payload_bytes - before[i].payload_bytes) / steps;
+  }
+  if (outcome.state.step == total) write_result(session, identity);
+  return outcome;
+}
+
+int run_train(const CommandLine& line, const World& world) {
+  const int threads = share_cores(world);
+  const RunConfig run = read_run(line.run_file, line.overrides);
+  require_complete(run);
+  check_inputs_together(run, world);
+  watch_signals();
+  Session session(run, world);
+  Console console(session.leader(), line.json);
+  const TokenFile data(run.data.train);
+  const Outcome outcome = train(session, data, world, console, threads);
+  if (outcome.state.step < outcome.total) {
+    console.say(fmt::format("stopped after step {} and saved: start the same command again to go on", outcome.state.step));
+    return static_cast<int>(ExitCode::stopped);
+  }
+  console.say(closing_text(session, outcome.bytes_per_step));
+  if (line.json && session.leader()) {
+    fmt::print("{}\n", nlohmann::json{{"steps", outcome.total}, {"result", result_path(session)}}.dump());
+  }
+  return 0;
+}
+
+}  // namespace
+
+std::function<int(const World*)> declare_train(CLI::App& app) {
+  auto line = std::make_shared<CommandLine>();
+  add_run_options(app, *line);
+  return [line](const World* world) { return run_train(*line, *world); };
+}
+
+}  // namespace corank

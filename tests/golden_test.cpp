@@ -1,0 +1,228 @@
+#include <fstream>
+
+#include <nlohmann/json.hpp>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "data/file.h"
+#include "data/safetensors.h"
+#include "tests/support.h"
+#include "trainer/generation.h"
+
+// Against values that transformers and PEFT computed (tests/golden/make_golden.py), float32 on the CPU. Bounds: methods 13.
+namespace corank::test {
+namespace {
+
+using nlohmann::json;
+
+class Golden {
+ public:
+  explicit Golden(const std::string& name)
+      : folder_(golden(name)),
+        batch_(json::parse(read_file(folder_ + "/batch.json"))),
+        reference_(folder_ + "/reference.safetensors") {}
+
+  const json& batch() const { return batch_; }
+  at::Tensor value(const std::string& name) const { return reference_.read(name); }
+  double number(const std::string& name) const { return value(name).item<double>(); }
+  std::string path(const std::string& name) const { return folder_ + "/" + name; }
+
+  std::vector<int64_t> tokens(int64_t sample) const { return batch_["samples"][sample]["tokens"].get<std::vector<int64_t>>(); }
+
+  /// Samples as rows of one global batch, split as batch.json says.
+  StepBatches batches() const {
+    StepBatches step;
+    for (const json& rows : batch_["micro_batches"]) {
+      std::vector<std::vector<Sample>> sequences;
+      for (const json& index : rows) sequences.push_back({sample(index.get<int64_t>())});
+      step.micro_batches.push_back(make_batch(sequences, 0, 512));
+      step.num_targets += step.micro_batches.back().num_targets();
+      step.num_tokens += step.micro_batches.back().num_tokens();
+    }
+    return step;
+  }
+
+ private:
+  Sample sample(int64_t index) const {
+    const json& s = batch_["samples"][index];
+    return {at::tensor(s["tokens"].get<std::vector<int64_t>>(), at::kLong).to(at::kInt),
+            at::tensor(s["loss_mask"].get<std::vector<int64_t>>(), at::kLong).to(at::kByte)};
+  }
+
+  std::string folder_;
+  json batch_;
+  SafetensorsFile reference_;
+};
+
+ModelOptions model_at(const std::string& path) {
+  ModelOptions options;
+  options.path = path;
+  options.dtype = at::kFloat;
+  options.max_positions = 512;
+  return options;
+}
+
+/// Gradients of the global batch into the store, without a step.
+double accumulate(TrainingRun& run, const StepBatches& batches) {
+  double loss = 0;
+  for (const Batch& batch : batches.micro_batches) {
+    SegmentAttention attention(batch);
+    const at::Tensor h = run.model->forward({batch, attention, run.mesh.tp(), true, run.seed, 1});
+    const at::Tensor part =
+        ops::cross_entropy(h, batch.target_rows_M, batch.targets_M, run.model->head(), run.mesh.tp()) /
+        static_cast<double>(batches.num_targets);
+    torch::autograd::backward({part}, {});
+    loss += part.item<double>();
+  }
+  return loss;
+}
+
+class LoraGolden : public testing::TestWithParam<std::string> {
+ protected:
+  LoraGolden() : golden_(GetParam()), adapter_(read_adapter(golden_.path("adapter"))) {}
+
+  std::unique_ptr<TrainingRun> start(OptimizerOptions optimizer = {}) {
+    auto run = std::make_unique<TrainingRun>(nullptr, 1, model_at(golden_.path("model")), adapter_.config, optimizer);
+    load_tensors(adapter_, run->store);
+    return run;
+  }
+
+  Golden golden_;
+  AdapterFile adapter_;
+};
+
+TEST_P(LoraGolden, LogitsMatch) {
+  const auto run = start();
+  for (const int64_t sample : {0, 1, 11}) {
+    const at::Tensor logits = all_logits(*run->model, golden_.tokens(sample), run->mesh.tp());
+    EXPECT_LT(relative_error(logits, golden_.value("logits." + std::to_string(sample))), 1e-5);
+  }
+}
+
+TEST_P(LoraGolden, LossAndGradientsMatch) {
+  const auto run = start();
+  EXPECT_NEAR(accumulate(*run, golden_.batches()) / golden_.number("loss"), 1, 1e-6);
+  for (const auto& p : run->store.parameters()) {
+    EXPECT_LT(relative_error(p.gradient, golden_.value("grad." + p.spec.name)), 1e-4) << p.spec.name;
+  }
+  const double norm = gradient_norm(run->store, run->mesh.tp()).item<double>();
+  EXPECT_NEAR(norm / golden_.number("grad_norm"), 1, 1e-5);
+}
+
+TEST_P(LoraGolden, ParametersAfterOneStepMatch) {
+  OptimizerOptions optimizer;
+  optimizer.weight_decay = 0.01;
+  const auto run = start(optimizer);
+  run->step(golden_.batches(), 1, 1e-3, /*max_grad_norm=*/0);
+  for (const auto& p : run->store.parameters()) {
+    EXPECT_LT(relative_error(p.master, golden_.value("after_1." + p.spec.name)), 1e-5) << p.spec.name;
+  }
+}
+
+TEST_P(LoraGolden, TwentyStepsMatch) {
+  OptimizerOptions optimizer;
+  optimizer.weight_decay = 0.01;
+  const auto run = start(optimizer);
+  const Schedule schedule{"cosine", 1e-3, 3, 20};
+  const at::Tensor losses = golden_.value("losses_20"), rates = golden_.value("learning_rates_20"),
+                   norms = golden_.value("grad_norms_20");
+  for (int64_t step = 1; step <= 20; ++step) {
+    const double rate = lr_at(schedule, step);
+    EXPECT_NEAR(rate, rates[step - 1].item<double>(), 1e-12);
+    const StepStats stats = run->step(golden_.batches(), step, rate);
+    EXPECT_NEAR(stats.loss / losses[step - 1].item<double>(), 1, 1e-4) << "step " << step;
+    EXPECT_NEAR(stats.grad_norm / norms[step - 1].item<double>(), 1, 1e-3) << "step " << step;
+  }
+}
+
+/// The test of the test: a factor that forgets alpha / r must not pass the same comparison.
+TEST_P(LoraGolden, WrongScalingIsSeen) {
+  AdapterConfig wrong = adapter_.config;
+  wrong.lora_alpha *= 1.01;
+  TrainingRun run(nullptr, 1, model_at(golden_.path("model")), wrong);
+  load_tensors(adapter_, run.store);
+  EXPECT_GT(relative_error(all_logits(*run.model, golden_.tokens(1), run.mesh.tp()), golden_.value("logits.1")), 1e-5);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, LoraGolden, testing::Values("llama", "llama_tied_llama3rope", "llama_biased_headdim"));
+
+class FullGolden : public testing::Test {
+ protected:
+  FullGolden() : golden_("llama_biased_headdim"), full_(golden_.path("full.safetensors")) {}
+
+  std::unique_ptr<TrainingRun> start() {
+    AdapterConfig config;
+    config.method = "full";
+    return std::make_unique<TrainingRun>(nullptr, 1, model_at(golden_.path("model")), config);
+  }
+
+  Golden golden_;
+  SafetensorsFile full_;
+};
+
+TEST_F(FullGolden, LossAndEveryGradientMatch) {
+  const auto run = start();
+  EXPECT_NEAR(accumulate(*run, golden_.batches()) / full_.read("full.loss").item<double>(), 1, 1e-6);
+  int64_t compared = 0;
+  for (const auto& entry : full_.tensors()) {
+    if (!entry.first.starts_with("full.grad.")) continue;
+    const std::string name = entry.first.substr(10);
+    EXPECT_LT(relative_error(run->store.at(name).gradient, full_.read(entry.first)), 1e-4) << name;
+    ++compared;
+  }
+  EXPECT_EQ(compared, static_cast<int64_t>(run->store.parameters().size()));
+}
+
+TEST_F(FullGolden, TwentyStepsMatch) {
+  const auto run = start();
+  const at::Tensor losses = full_.read("full.losses_20");
+  for (int64_t step = 1; step <= 20; ++step) {
+    const StepStats stats = run->step(golden_.batches(), step, 1e-4, /*max_grad_norm=*/0);
+    EXPECT_NEAR(stats.loss / losses[step - 1].item<double>(), 1, 1e-4) << "step " << step;
+  }
+}
+
+TEST(TargetModules, MatchPeft) {
+  std::vector<std::string> linears;
+  {
+    Ledger ledger;
+    const auto solo = make_solo_communicator(at::kCPU, ledger);
+    const auto model = outline_model(model_at(golden("llama/model")), *solo);
+    for (const AdaptedLinear* linear : model->linears()) linears.push_back(linear->name());
+  }
+  int64_t settings = 0;
+  for (const auto& setting : nlohmann::ordered_json::parse(read_file(golden("peft_targets.json")))) {
+    const std::string title = setting["title"].get<std::string>();
+    const auto& config = setting["config"];
+    if (config.contains("layers_to_transform") || config.contains("layers_pattern")) continue;  // no key of the run file
+    if (config.contains("bias") || config.contains("use_dora") || config.contains("modules_to_save")) continue;
+    if (!config.contains("target_modules") || config["target_modules"].is_null()) continue;
+    SCOPED_TRACE(title);
+    auto text = config;
+    text["peft_type"] = "LORA";
+    const auto parse = [&] {
+      AdapterConfig parsed = parse_peft_config(text.dump(), title);
+      if (parsed.target_modules.expression == "all-linear" || parsed.target_modules.expression == "ALL-LINEAR") parsed.all_linear = true;
+      return parsed;
+    };
+    if (!setting.contains("modules") || title == "the head") {  // the head takes no adapter here: refused, not ignored
+      EXPECT_THROW(select_targets(parse(), linears), Error);
+    } else {
+      const AdapterConfig parsed = parse();
+      std::vector<std::string> expected, found = select_targets(parsed, linears);
+      for (const auto& module : setting["modules"]) {
+        const std::string name = module["name"].get<std::string>();
+        expected.push_back(name);
+        EXPECT_EQ(parsed.rank_of(name), module["r"].get<int64_t>()) << name;
+        EXPECT_EQ(parsed.alpha_of(name), module["alpha"].get<double>()) << name;
+        EXPECT_DOUBLE_EQ(parsed.scaling_of(name), module["scaling"].get<double>()) << name;
+      }
+      std::sort(found.begin(), found.end());
+      EXPECT_EQ(found, expected);
+    }
+    ++settings;
+  }
+  EXPECT_GT(settings, 30);
+}
+
+}  // namespace
+}  // namespace corank::test

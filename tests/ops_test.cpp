@@ -1,0 +1,318 @@
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cmath>
+#include <functional>
+
+#include "comm/backends.h"
+#include "tests/support.h"
+#include "trainer/ops/adamw.h"
+#include "trainer/ops/attention.h"
+#include "trainer/ops/cross_entropy.h"
+#include "trainer/ops/dropout.h"
+#include "trainer/ops/embedding.h"
+#include "trainer/ops/linear.h"
+#include "trainer/ops/philox.h"
+#include "trainer/ops/random.h"
+#include "trainer/ops/recompute.h"
+#include "trainer/ops/rms_norm.h"
+#include "trainer/ops/rope.h"
+#include "trainer/ops/swiglu.h"
+
+// Every op in float64: forward against the plain formula, hand-written backward against finite differences.
+namespace corank::ops {
+namespace {
+
+using test::relative_error;
+using torch::autograd::variable_list;
+
+const auto kDouble = at::TensorOptions(at::kDouble);
+
+at::Tensor random(std::vector<int64_t> shape, const std::string& name, double std = 1) {
+  at::Tensor t = at::empty(shape, kDouble);
+  fill_normal(t, key_of(1, "test", name), 0, std, shape, std::vector<int64_t>(shape.size(), 0));
+  return t;
+}
+
+at::Tensor leaf(std::vector<int64_t> shape, const std::string& name) { return random(shape, name).requires_grad_(); }
+
+/// A trainable weight whose value follows its leaf (as a ParameterStore in float64 lays it out).
+Weight trainable(const at::Tensor& leaf_tensor) { return {leaf_tensor.detach(), leaf_tensor}; }
+
+using Function = std::function<at::Tensor()>;
+
+/// The gradient of f at every element of every input against central differences; f reads the inputs' storage anew.
+/// Returns the largest relative error over the inputs.
+double gradient_error(const Function& f, const variable_list& inputs) {
+  const variable_list grads = torch::autograd::grad({f()}, inputs);
+  double worst = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const at::Tensor data = inputs[i].detach();  // same storage
+    double* values = data.mutable_data_ptr<double>();
+    at::Tensor numeric = at::empty(data.sizes(), kDouble);
+    double* slopes = numeric.mutable_data_ptr<double>();
+    const at::AutoGradMode no_grad(false);
+    for (int64_t k = 0; k < data.numel(); ++k) {
+      const double old = values[k], h = 1e-5;
+      values[k] = old + h;
+      const double above = f().item<double>();
+      values[k] = old - h;
+      const double below = f().item<double>();
+      values[k] = old;
+      slopes[k] = (above - below) / (2 * h);
+    }
+    worst = std::max(worst, relative_error(grads[i], numeric));
+  }
+  return worst;
+}
+
+constexpr double kGradientBound = 1e-7;
+
+/// A scalar that weighs every output element differently.
+at::Tensor weigh(const at::Tensor& y) { return (y * random(y.sizes().vec(), "weights")).sum(); }
+
+struct Fixed : Matrix {
+  explicit Fixed(at::Tensor w) : w_OI(std::move(w)) {}
+  at::Tensor dense_OI() const override { return w_OI; }
+  at::Tensor w_OI;
+};
+
+TEST(Linear, ForwardIsThePlainFormula) {
+  const Fixed w(random({6, 5}, "w"));
+  const Weight a{random({3, 5}, "a"), {}}, b{random({6, 3}, "b"), {}}, bias{random({6}, "bias"), {}};
+  const at::Tensor x = random({7, 5}, "x");
+  const at::Tensor y = linear(x, {{&w, {}, bias, LowRank{a, b, 0.7, {}}}})[0];
+  const at::Tensor plain = at::mm(x, w.w_OI.t()) + bias.value + 0.7 * at::mm(at::mm(x, a.value.t()), b.value.t());
+  EXPECT_LT(relative_error(y, plain), 1e-14);
+}
+
+TEST(Linear, GradientsOfSeveralProjectionsWithDropout) {
+  const at::Tensor x = leaf({7, 5}, "x");
+  const at::Tensor w1 = leaf({6, 5}, "w1"), bias1 = leaf({6}, "bias1"), w2 = random({4, 5}, "w2");
+  const at::Tensor a1 = leaf({3, 5}, "a1"), b1 = leaf({6, 3}, "b1"), a2 = leaf({2, 5}, "a2"), b2 = leaf({4, 2}, "b2");
+  const Fixed m1(w1.detach()), m2(w2);
+  Dropout drop{0.3, 11, at::arange(7, at::TensorOptions(at::kLong)), 0};
+  const auto f = [&] {
+    auto y = linear(x, {{&m1, w1, trainable(bias1), LowRank{trainable(a1), trainable(b1), 0.7, {}}},
+                        {&m2, {}, {}, LowRank{trainable(a2), trainable(b2), 2, drop}}});
+    return weigh(y[0]) + weigh(y[1]);
+  };
+  EXPECT_LT(gradient_error(f, {x, w1, bias1, a1, b1, a2, b2}), kGradientBound);
+}
+
+/// Shows itself as a new tensor each time and remembers the last one without keeping it alive.
+struct Watched : Matrix {
+  at::Tensor dense_OI() const override {
+    const at::Tensor w = random({6, 5}, "w");
+    last = c10::weak_intrusive_ptr<c10::StorageImpl>(w.storage().getWeakStorageImpl());
+    return w;
+  }
+  mutable c10::weak_intrusive_ptr<c10::StorageImpl> last{c10::intrusive_ptr<c10::StorageImpl>()};
+};
+
+TEST(Linear, KeepsNoWeightForBackward) {
+  const Watched w;
+  const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b");
+  const auto y = linear(x, {{&w, {}, {}, LowRank{trainable(a), trainable(b), 1, {}}}});
+  EXPECT_TRUE(w.last.expired());
+  torch::autograd::backward({weigh(y[0])}, {});
+  EXPECT_TRUE(a.grad().defined() && b.grad().defined() && x.grad().defined());
+}
+
+TEST(RmsNorm, ForwardAndGradients) {
+  const at::Tensor h = leaf({4, 6}, "h"), delta = leaf({4, 6}, "delta"), w = leaf({6}, "w");
+  const auto [sum, y] = add_rms_norm(h, delta, trainable(w), 1e-5);
+  const at::Tensor plain = h + delta;
+  EXPECT_TRUE(at::equal(sum, plain));
+  EXPECT_LT(relative_error(y, plain * (plain.square().mean(-1, true) + 1e-5).rsqrt() * w), 1e-14);
+  const auto f = [&] {
+    const auto [s, z] = add_rms_norm(h, delta, trainable(w), 1e-5);
+    return weigh(s * s) + weigh(z);
+  };
+  EXPECT_LT(gradient_error(f, {h, delta, w}), kGradientBound);
+  const auto first = [&] { return weigh(add_rms_norm(h, {}, trainable(w), 1e-5).second); };
+  EXPECT_LT(gradient_error(first, {h, w}), kGradientBound);
+}
+
+TEST(Rope, TurnsPairsAndBackwardTurnsBack) {
+  const at::Tensor q = leaf({5, 3, 4}, "q"), k = leaf({5, 1, 4}, "k");
+  const at::Tensor angle = random({9, 2}, "angle"), positions = at::tensor({0, 3, 1, 8, 2}, at::TensorOptions(at::kLong));
+  const at::Tensor cos = angle.cos(), sin = angle.sin();
+  const auto [turned, unused] = rope(q, k, cos, sin, positions);
+  const auto x = q.detach(), y = turned.detach();
+  const double c = cos[3][1].item<double>(), s = sin[3][1].item<double>();
+  EXPECT_NEAR(y[1][2][1].item<double>(), x[1][2][1].item<double>() * c - x[1][2][3].item<double>() * s, 1e-14);
+  EXPECT_NEAR(y[1][2][3].item<double>(), x[1][2][3].item<double>() * c + x[1][2][1].item<double>() * s, 1e-14);
+  const auto f = [&] {
+    const auto [a, b] = rope(q, k, cos, sin, positions);
+    return weigh(a) + weigh(b);
+  };
+  EXPECT_LT(gradient_error(f, {q, k}), kGradientBound);
+}
+
+TEST(SwiGlu, ForwardAndGradients) {
+  const at::Tensor gate = leaf({4, 5}, "gate"), up = leaf({4, 5}, "up");
+  EXPECT_LT(relative_error(swiglu(gate, up), gate * at::sigmoid(gate) * up), 1e-14);
+  EXPECT_LT(gradient_error([&] { return weigh(swiglu(gate, up)); }, {gate, up}), kGradientBound);
+}
+
+Segments segments_of(std::vector<int64_t> lengths) {
+  std::vector<int64_t> ends{0};
+  for (const int64_t length : lengths) ends.push_back(ends.back() + length);
+  return {at::tensor(ends, at::kLong).to(at::kInt), lengths, *std::max_element(lengths.begin(), lengths.end())};
+}
+
+TEST(Attention, IsThePlainFormulaWithGroupedQueries) {
+  const at::Tensor q = leaf({9, 4, 6}, "q"), k = leaf({9, 2, 6}, "k"), v = leaf({9, 2, 6}, "v");
+  const Segments s = segments_of({4, 1, 4});
+  EXPECT_LT(relative_error(attention(q, k, v, s, 0.4), attention_reference(q, k, v, s, 0.4)), 1e-13);
+  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, 0.4)); }, {q, k, v}), kGradientBound);
+}
+
+TEST(Attention, NothingCrossesSegmentsOrComesFromTheFuture) {
+  const at::Tensor q = random({6, 2, 4}, "q"), k = random({6, 2, 4}, "k"), v = random({6, 2, 4}, "v");
+  const Segments s = segments_of({3, 3});
+  const at::Tensor before = attention(q, k, v, s, 1);
+  k.narrow(0, 2, 1).mul_(5);
+  v.narrow(0, 2, 1).add_(3);
+  const at::Tensor after = attention(q, k, v, s, 1);
+  EXPECT_TRUE(at::equal(before.narrow(0, 0, 2), after.narrow(0, 0, 2)));  // earlier tokens
+  EXPECT_TRUE(at::equal(before.narrow(0, 3, 3), after.narrow(0, 3, 3)));  // the other segment
+  EXPECT_FALSE(at::equal(before[2], after[2]));
+}
+
+TEST(Attention, CachedIsTheLastRows) {
+  const at::Tensor q = random({6, 4, 4}, "q"), k = random({6, 2, 4}, "k"), v = random({6, 2, 4}, "v");
+  const at::Tensor all = attention_reference(q, k, v, segments_of({6}), 0.5);
+  EXPECT_LT(relative_error(cached_attention(q.narrow(0, 4, 2), k, v, 0.5), all.narrow(0, 4, 2)), 1e-14);
+}
+
+class CrossEntropyTest : public testing::Test {
+ protected:
+  at::Tensor plain(const at::Tensor& h, const at::Tensor& w) const {
+    const at::Tensor logits = at::mm(h.index_select(0, rows_), w.narrow(0, 0, kVocab).t());
+    return -at::log_softmax(logits, 1).gather(1, targets_.unsqueeze(1)).sum();
+  }
+  VocabularyHead head(const Weight& w) const { return {w, 0, kVocab}; }
+
+  static constexpr int64_t kVocab = 11;
+  at::Tensor rows_ = at::tensor({0, 2, 3, 6}, at::TensorOptions(at::kLong));
+  at::Tensor targets_ = at::tensor({10, 0, 4, 4}, at::TensorOptions(at::kLong));
+  Ledger ledger_;
+  std::unique_ptr<Communicator> solo_ = make_solo_communicator(at::kCPU, ledger_);
+};
+
+TEST_F(CrossEntropyTest, ForwardAndGradientsInAnyChunk) {
+  const at::Tensor h = leaf({7, 5}, "h"), w = leaf({12, 5}, "w");  // row 11 is padding
+  for (const int64_t chunk : {1, 3, 100}) {
+    const auto f = [&] { return cross_entropy(h, rows_, targets_, head(trainable(w)), *solo_, chunk); };
+    EXPECT_LT(relative_error(f(), plain(h, w)), 1e-13);
+    EXPECT_LT(gradient_error(f, {h, w}), kGradientBound);
+  }
+}
+
+TEST_F(CrossEntropyTest, NoTargetsIsZeroWithoutGradient) {
+  const at::Tensor h = leaf({7, 5}, "h"), none = at::empty({0}, at::TensorOptions(at::kLong));
+  const at::Tensor loss = cross_entropy(h, none, none, head({random({12, 5}, "w"), {}}), *solo_);
+  torch::autograd::backward({loss}, {});
+  EXPECT_EQ(loss.item<double>(), 0);
+  EXPECT_EQ(h.grad().abs().sum().item<double>(), 0);
+}
+
+TEST_F(CrossEntropyTest, EmbeddingGradients) {
+  const at::Tensor w = leaf({6, 3}, "table"), tokens = at::tensor({5, 0, 5, 2}, at::TensorOptions(at::kLong));
+  EXPECT_TRUE(at::equal(embedding(tokens, trainable(w), 0, *solo_), w.index_select(0, tokens)));
+  EXPECT_LT(gradient_error([&] { return weigh(embedding(tokens, trainable(w), 0, *solo_)); }, {w}), kGradientBound);
+}
+
+TEST(Recompute, GivesTheSameGradientsWithoutKeepingActivations) {
+  const at::Tensor x = leaf({4, 6}, "x"), w = leaf({6}, "w");
+  int runs = 0;
+  const Block block = [&](const variable_list& in) {
+    ++runs;
+    return variable_list{add_rms_norm(in[0], {}, trainable(w), 1e-5).second.square()};
+  };
+  const variable_list direct = torch::autograd::grad({weigh(block({x})[0])}, {x, w});
+  const at::Tensor loss = weigh(recompute(block, {x})[0]);
+  torch::autograd::backward({loss}, {});
+  EXPECT_EQ(runs, 3);
+  EXPECT_TRUE(at::equal(x.grad(), direct[0]));
+  EXPECT_TRUE(at::equal(w.grad(), direct[1]));
+}
+
+TEST(Recompute, TrainsLeavesWhereNoInputRequiresGrad) {
+  const at::Tensor x = random({4, 6}, "x"), w = leaf({6}, "w");
+  const Block block = [&](const variable_list& in) {
+    return variable_list{add_rms_norm(in[0], {}, trainable(w), 1e-5).second};
+  };
+  torch::autograd::backward({weigh(recompute(block, {x})[0])}, {});
+  EXPECT_TRUE(w.grad().defined());
+}
+
+/// Known answers of Random123's kat_vectors for philox4x32-10.
+TEST(Philox, KnownAnswers) {
+  const Philox4 zeros = philox(0, 0, 0), ones = philox(~0ull, ~0ull, ~0ull);
+  EXPECT_EQ(zeros.v[0], 0x6627e8d5u);
+  EXPECT_EQ(zeros.v[1], 0xe169c58du);
+  EXPECT_EQ(zeros.v[2], 0xbc57ac4cu);
+  EXPECT_EQ(zeros.v[3], 0x9b00dbd8u);
+  EXPECT_EQ(ones.v[0], 0x408f276du);
+  EXPECT_EQ(ones.v[3], 0x6d5451fdu);
+}
+
+TEST(Random, AShardIsItsPartOfTheWhole) {
+  const auto draw = [](std::vector<int64_t> shape, std::vector<int64_t> offset) {
+    at::Tensor t = at::empty(shape, kDouble);
+    fill_uniform(t, 5, -1, 1, {8, 6}, offset);
+    return t;
+  };
+  const at::Tensor whole = draw({8, 6}, {0, 0});
+  EXPECT_TRUE(at::equal(draw({4, 6}, {4, 0}), whole.narrow(0, 4, 4)));
+  EXPECT_TRUE(at::equal(draw({8, 3}, {0, 3}), whole.narrow(1, 3, 3)));
+  EXPECT_FALSE(at::equal(draw({8, 3}, {0, 0}), whole.narrow(1, 3, 3)));
+}
+
+TEST(Random, MomentsAreRight) {
+  at::Tensor uniform = at::empty({100000}, kDouble), normal = at::empty({100000}, kDouble);
+  fill_uniform(uniform, 1, -2, 2, {100000}, {0});
+  fill_normal(normal, 2, 1, 3, {100000}, {0});
+  EXPECT_NEAR(uniform.mean().item<double>(), 0, 4 * 2 / std::sqrt(3e5));
+  EXPECT_NEAR(uniform.std().item<double>(), 2 / std::sqrt(3.0), 0.01);
+  EXPECT_NEAR(normal.mean().item<double>(), 1, 4 * 3 / std::sqrt(1e5));
+  EXPECT_NEAR(normal.std().item<double>(), 3, 0.03);
+}
+
+TEST(DropoutTest, KeepsTheRightShareAndScalesIt) {
+  const int64_t rows = 200, width = 500;
+  const Dropout d{0.1, 99, at::arange(rows, at::TensorOptions(at::kLong)), 0};
+  const at::Tensor y = dropout(at::ones({rows, width}, kDouble), d);
+  const auto kept = y.ne(0).sum().item<double>();
+  EXPECT_NEAR(kept, 0.9 * rows * width, 4 * std::sqrt(0.09 * rows * width));
+  EXPECT_NEAR(y.max().item<double>(), 1 / 0.9, 1e-6);
+}
+
+TEST(DropoutTest, DependsOnTokenAndFeatureNotOnWhereTheyStand) {
+  const at::Tensor slots = at::tensor({4, 9, 2}, at::TensorOptions(at::kLong)), x = at::ones({3, 10}, kDouble);
+  const at::Tensor whole = dropout(x, {0.5, 7, slots, 0});
+  EXPECT_TRUE(at::equal(dropout(x.narrow(1, 3, 7), {0.5, 7, slots, 3}), whole.narrow(1, 3, 7)));
+  EXPECT_TRUE(at::equal(dropout(x.narrow(0, 1, 1), {0.5, 7, slots.narrow(0, 1, 1), 0}), whole.narrow(0, 1, 1)));
+  EXPECT_FALSE(at::equal(dropout(x, {0.5, 8, slots, 0}), whole));
+  EXPECT_TRUE(dropout(x, {}).is_same(x));
+}
+
+TEST(AdamWTest, FusedIsThePlainFormula) {
+  for (const auto dtype : {at::kFloat, at::kDouble}) {
+    std::vector<at::Tensor> fused, plain;
+    for (auto* set : {&fused, &plain}) {
+      *set = {random({50}, "p").to(dtype), at::zeros({50}, dtype), at::zeros({50}, dtype)};
+    }
+    for (int64_t step = 1; step <= 5; ++step) {
+      const at::Tensor g = random({50}, "g" + std::to_string(step)).to(dtype);
+      adamw(fused[0], g, fused[1], fused[2], 1e-2, 0.1, step, {});
+      adamw_reference(plain[0], g, plain[1], plain[2], 1e-2, 0.1, step, {});
+    }
+    for (int i = 0; i < 3; ++i) EXPECT_LT(relative_error(fused[i], plain[i]), dtype == at::kFloat ? 1e-6 : 1e-14);
+  }
+}
+
+}  // namespace
+}  // namespace corank::ops

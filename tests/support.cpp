@@ -1,0 +1,53 @@
+#include "tests/support.h"
+
+#include <cstdlib>
+#include <filesystem>
+
+namespace corank::test {
+namespace {
+
+std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger) {
+#ifdef CORANK_GPU_TEST
+  if (world) return make_communicator("nccl", *world, ledger);
+  return make_solo_communicator(at::Device(at::kCUDA, 0), ledger);
+#else
+  return world ? make_communicator("mpi", *world, ledger) : make_solo_communicator(at::kCPU, ledger);
+#endif
+}
+
+}  // namespace
+
+double relative_error(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor x = a.to(at::kCPU, at::kDouble), y = b.to(at::kCPU, at::kDouble);
+  const double difference = at::linalg_vector_norm(x - y).item<double>(), size = at::linalg_vector_norm(y).item<double>();
+  return difference == 0 ? 0 : difference / size;
+}
+
+TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
+         OptimizerOptions optimizer_options, uint64_t run_seed)
+    : mesh(ranks_of(world, ledger), tensor), seed(run_seed) {
+  options.device = mesh.device();
+  model = load_model(options, mesh.tp());
+  method = make_method(adapter);
+  method->attach(*model, store, seed);
+  store.allocate(mesh.device(), options.dtype == at::kDouble ? at::kDouble : at::kFloat, options.dtype);
+  optimizer = std::make_unique<Optimizer>(store, optimizer_options);
+  reducer = std::make_unique<GradReducer>(mesh, store.gradients_of(GradientScope::everywhere),
+                                          store.gradients_of(GradientScope::data), method->gradient_purpose());
+}
+
+StepStats TrainingRun::step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm) {
+  const StepParts parts{mesh, *model, *method, store, *optimizer, *reducer};
+  return train_step(parts, batches, number, {learning_rate, max_grad_norm, seed});
+}
+
+std::string golden(const std::string& name) { return repository("tests/golden/" + name); }
+std::string repository(const std::string& name) { return (std::filesystem::path(CORANK_SOURCE_DIR) / name).string(); }
+
+TemporaryFolder::TemporaryFolder() {
+  std::string pattern = (std::filesystem::temp_directory_path() / "corank-XXXXXX").string();
+  path_ = mkdtemp(pattern.data());
+}
+TemporaryFolder::~TemporaryFolder() { std::filesystem::remove_all(path_); }
+
+}  // namespace corank::test

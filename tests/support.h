@@ -1,0 +1,57 @@
+#pragma once
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/backends.h"
+#include "comm/mesh.h"
+#include "comm/world.h"
+#include "data/loader.h"
+#include "trainer/adapter/adapter_file.h"
+#include "trainer/adapter/methods.h"
+#include "trainer/model/families.h"
+#include "trainer/optimizer.h"
+#include "trainer/schedule.h"
+#include "trainer/step.h"
+
+/// What the tests of trainer/ share.
+namespace corank::test {
+
+/// ||a - b|| / ||b|| in float64; 0 if both are zero.
+double relative_error(const at::Tensor& a, const at::Tensor& b);
+
+/// Everything between a model and a step, over the ranks of `world` (null: this process alone).
+struct TrainingRun {
+  TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter, OptimizerOptions optimizer = {},
+      uint64_t seed = 42);
+
+  StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
+
+  Ledger ledger;
+  Mesh mesh;
+  std::unique_ptr<Model> model;
+  std::unique_ptr<AdapterMethod> method;
+  ParameterStore store;
+  std::unique_ptr<Optimizer> optimizer;
+  std::unique_ptr<GradReducer> reducer;
+  uint64_t seed;
+};
+
+/// A path below tests/golden or the repository.
+std::string golden(const std::string& name);
+std::string repository(const std::string& name);
+
+/// A fresh folder, removed with the object.
+class TemporaryFolder {
+ public:
+  TemporaryFolder();
+  ~TemporaryFolder();
+  std::string path(const std::string& name = "") const { return name.empty() ? path_ : path_ + "/" + name; }
+
+ private:
+  std::string path_;
+};
+
+}  // namespace corank::test

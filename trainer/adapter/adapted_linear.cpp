@@ -1,0 +1,65 @@
+#include "trainer/adapter/adapted_linear.h"
+
+#include "trainer/ops/random.h"
+#include "trainer/ops/regions.h"
+
+namespace corank {
+
+AdaptedLinear::AdaptedLinear(LinearSite site, std::unique_ptr<FrozenWeight> weight, at::Tensor bias_O,
+                             bool adds_bias)
+    : site_(std::move(site)), weight_(std::move(weight)), adds_bias_(adds_bias) {
+  bias_O_.value = std::move(bias_O);
+}
+
+void AdaptedLinear::train_base(ParameterStore& store) {
+  ParameterSpec weight;
+  weight.name = site_.name + ".weight";
+  weight.shape = {site_.out, site_.in};
+  weight.shard = site_.split == Split::column ? site_.out_shard : site_.in_shard;
+  if (!weight.shard.whole()) weight.shard.dim = site_.split == Split::column ? 0 : 1;
+  weight.initialise = [old = weight_->dense_OI()](const at::Tensor& local) { local.copy_(old); };
+  weight.bind = [this](const ops::Weight& w) {
+    weight_->replace(w.value);
+    weight_leaf_ = w.leaf;
+  };
+  store.add(std::move(weight));
+  if (!bias_O_.defined()) return;
+  // Row-parallel, one rank adds the bias and forms its whole gradient; the others' part of the sum is zero.
+  const bool row = site_.split == Split::row;
+  ParameterSpec bias;
+  bias.name = site_.name + ".bias";
+  bias.shape = {site_.out};
+  bias.shard = row ? Shard{} : site_.out_shard;
+  bias.scope = row ? GradientScope::everywhere : GradientScope::data;
+  bias.decays = false;
+  bias.initialise = [old = bias_O_.value](const at::Tensor& local) { local.copy_(old); };
+  bias.bind = [this](const ops::Weight& w) { bias_O_ = w; };
+  store.add(std::move(bias));
+}
+
+ops::Projection AdaptedLinear::projection(const ForwardContext& context) const {
+  ops::Projection p;
+  p.matrix = weight_.get();
+  p.matrix_leaf = weight_leaf_;
+  if (bias_O_.defined() && adds_bias_) p.bias_O = bias_O_;
+  if (!adapter_) return p;
+  p.low_rank = adapter_->low_rank();
+  if (context.training && adapter_->dropout() > 0) {
+    p.low_rank->dropout = {adapter_->dropout(), ops::key_of(context.seed, "dropout", site_.name, context.step),
+                           context.batch.slots_N, site_.split == Split::row ? site_.in_shard.start : 0};
+  }
+  return p;
+}
+
+std::vector<at::Tensor> column_forward(const std::vector<const AdaptedLinear*>& linears, const at::Tensor& x_NI,
+                                       const ForwardContext& context) {
+  std::vector<ops::Projection> projections;
+  for (const AdaptedLinear* linear : linears) projections.push_back(linear->projection(context));
+  return ops::linear(ops::enter_tensor_region(x_NI, context.tp), std::move(projections));
+}
+
+at::Tensor row_forward(const AdaptedLinear& linear, const at::Tensor& x_NI, const ForwardContext& context) {
+  return ops::leave_tensor_region(ops::linear(x_NI, {linear.projection(context)})[0], context.tp);
+}
+
+}  // namespace corank

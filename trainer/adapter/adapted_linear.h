@@ -1,0 +1,46 @@
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "trainer/adapter/adapter.h"
+#include "trainer/forward_context.h"
+#include "trainer/quant/frozen_weight.h"
+
+namespace corank {
+
+/// The linear of the Transformer blocks: frozen weight, optional bias, optional adapter; knows its place in tensor
+/// parallelism. Adapters and formats meet only here.
+class AdaptedLinear {
+ public:
+  /// `bias_O`: this rank's block, or undefined. `adds_bias`: false where another rank of the row-parallel sum adds it.
+  AdaptedLinear(LinearSite site, std::unique_ptr<FrozenWeight> weight, at::Tensor bias_O, bool adds_bias);
+
+  const LinearSite& site() const { return site_; }
+  const std::string& name() const { return site_.name; }
+  const FrozenWeight& weight() const { return *weight_; }
+  /// Of the full linear: weight and bias.
+  int64_t num_base_parameters() const { return site_.in * site_.out + (bias_O_.defined() ? site_.out : 0); }
+  void set_adapter(std::unique_ptr<Adapter> adapter) { adapter_ = std::move(adapter); }
+  const Adapter* adapter() const { return adapter_.get(); }
+  /// Registers weight and bias as trainable (full fine-tuning).
+  void train_base(ParameterStore& store);
+
+  ops::Projection projection(const ForwardContext& context) const;
+
+ private:
+  LinearSite site_;
+  std::unique_ptr<FrozenWeight> weight_;
+  at::Tensor weight_leaf_;
+  ops::Weight bias_O_;
+  bool adds_bias_;
+  std::unique_ptr<Adapter> adapter_;
+};
+
+/// Collective over tp in backward. Column-parallel linears that read one input x_NI: local outputs [N, O_i / T].
+std::vector<at::Tensor> column_forward(const std::vector<const AdaptedLinear*>& linears, const at::Tensor& x_NI,
+                                       const ForwardContext& context);
+/// Collective over tp in forward. Row-parallel: x holds this rank's features; returns the full [N, O].
+at::Tensor row_forward(const AdaptedLinear& linear, const at::Tensor& x_NI, const ForwardContext& context);
+
+}  // namespace corank

@@ -1,0 +1,34 @@
+#pragma once
+#include <memory>
+#include <string>
+
+#include "trainer/ops/linear.h"
+#include "trainer/parameters.h"
+
+namespace corank {
+
+/// How a linear is split over tensor-parallel ranks.
+enum class Split {
+  column,  ///< by output rows: input replicated, output split (q, k, v, gate, up)
+  row,     ///< by input columns: input split, partial outputs summed (o, down)
+};
+
+/// What an adapter needs to know of the linear it sits on.
+struct LinearSite {
+  std::string name;  ///< module path, e.g. model.layers.0.self_attn.q_proj
+  int64_t in = 0, out = 0;  ///< full sizes
+  Split split = Split::column;
+  Shard in_shard, out_shard;  ///< this rank's block of the input and output features, as dim 0 of a vector
+};
+
+/// The trainable part on one linear. Holds its weights only through the ParameterStore.
+class Adapter {
+ public:
+  virtual ~Adapter() = default;
+  /// The update as a low-rank product for the fused op; dropout is the caller's to add.
+  virtual ops::LowRank low_rank() const = 0;
+  /// Dropout probability on the adapter's input.
+  virtual double dropout() const = 0;
+};
+
+}  // namespace corank

@@ -1,0 +1,167 @@
+#include "trainer/checkpoint.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include <nlohmann/json.hpp>
+
+#include "data/file.h"
+#include "data/h5.h"
+#include "trainer/agree.h"
+#include "trainer/device.h"
+
+namespace corank {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+constexpr const char* kFiles[] = {"adapter.h5", "state.h5"};
+constexpr const char* kStateFormat = "corank-state";
+
+/// Steps of the checkpoint folders below `folder`, newest first; valid or not.
+std::vector<int64_t> checkpoint_steps(const std::string& folder) {
+  std::vector<int64_t> steps;
+  if (!fs::is_directory(folder)) return steps;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    const std::string prefix = "checkpoint-";
+    if (!name.starts_with(prefix) || name.size() == prefix.size()) continue;
+    const std::string digits = name.substr(prefix.size());
+    if (digits.find_first_not_of("0123456789") == std::string::npos) steps.push_back(std::stoll(digits));
+  }
+  std::sort(steps.rbegin(), steps.rend());
+  return steps;
+}
+
+std::string path_of(const std::string& folder, int64_t step) { return fmt::format("{}/checkpoint-{}", folder, step); }
+
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+std::string state_image(const TrainingState& state, const std::string& identity, const NamedTensors& exp_avg,
+                        const NamedTensors& exp_avg_sq) {
+  h5::Writer file;
+  file.attribute("format", kStateFormat);
+  file.attribute("version", int64_t{1});
+  file.attribute("identity", identity);
+  file.attribute("step", state.step);
+  file.attribute("epoch", state.loader.epoch);
+  file.attribute("sequence", state.loader.sequence);
+  for (const auto& [name, tensor] : exp_avg) file.write("exp_avg/" + name, tensor);
+  for (const auto& [name, tensor] : exp_avg_sq) file.write("exp_avg_sq/" + name, tensor);
+  return file.finish();
+}
+
+json describe(const std::string& bytes) { return {{"bytes", bytes.size()}, {"sha256", sha256(bytes)}}; }
+
+}  // namespace
+
+Checkpoints::Checkpoints(std::string folder, RunIdentity identity, int64_t keep, const Mesh& mesh, ParameterStore& store,
+                         Optimizer& optimizer)
+    : folder_(std::move(folder)),
+      identity_(std::move(identity)),
+      keep_(keep),
+      mesh_(mesh),
+      store_(store),
+      optimizer_(optimizer) {}
+
+void Checkpoints::save(const TrainingState& state) {
+  // Every tensor-parallel group gathers: simpler than choosing one, and all ranks make the same calls.
+  const AdapterFile adapter = collect_adapter(store_, identity_, mesh_.tp());
+  const NamedTensors exp_avg = store_.gather(optimizer_.exp_avg(), mesh_.tp());
+  const NamedTensors exp_avg_sq = store_.gather(optimizer_.exp_avg_sq(), mesh_.tp());
+  on_rank_0(mesh_.world(), [&] {
+    const std::string path = path_of(folder_, state.step);
+    fs::remove_all(path);  // what a crash left, or the same step of an earlier attempt
+    make_folders(path);
+    const std::string images[] = {adapter_h5_image(adapter), state_image(state, identity_.hash, exp_avg, exp_avg_sq)};
+    json files;
+    for (int i = 0; i < 2; ++i) {
+      write_file_atomically(path + "/" + kFiles[i], images[i]);
+      files[kFiles[i]] = describe(images[i]);
+    }
+    const json manifest{{"format", "corank-checkpoint"}, {"version", 1},          {"step", state.step},
+                        {"identity", identity_.hash},    {"files", files},        {"base_model", identity_.base_model},
+                        {"libraries", library_versions()}};
+    write_file_atomically(path + "/manifest.json", manifest.dump(2) + "\n");
+    sync_folder(folder_);
+    std::string why;
+    if (!verify_checkpoint(path, why)) throw StorageError(path + ": " + why + " right after it was written.");
+    const std::vector<int64_t> steps = checkpoint_steps(folder_);
+    for (size_t i = static_cast<size_t>(keep_); i < steps.size(); ++i) fs::remove_all(path_of(folder_, steps[i]));
+  });
+}
+
+std::optional<std::string> Checkpoints::newest() {
+  std::string found;
+  on_rank_0(mesh_.world(), [&] {
+    for (const int64_t step : checkpoint_steps(folder_)) {
+      std::string why;
+      const auto manifest = verify_checkpoint(path_of(folder_, step), why);
+      if (!manifest) continue;
+      if (manifest->identity != identity_.hash) {
+        throw ConfigError(fmt::format("output_dir: {} belongs to another run (its checkpoints were made with other settings or "
+                                      "data). Choose another output_dir, or resume: never after moving it away.",
+                                      folder_));
+      }
+      found = path_of(folder_, step);
+      return;
+    }
+  });
+  found = broadcast_text(mesh_.world(), found);
+  return found.empty() ? std::nullopt : std::optional(found);
+}
+
+TrainingState Checkpoints::load(const std::string& path) {
+  std::string why;
+  const auto manifest = verify_checkpoint(path, why);
+  if (!manifest) throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));
+  if (manifest->identity != identity_.hash) {
+    throw ConfigError(fmt::format("resume: {} was made by another run (other settings or data).", path));
+  }
+  const h5::Reader adapter(path + "/adapter.h5");
+  for (const auto& p : store_.parameters()) store_.load(p.spec.name, adapter.read(p.spec.name));
+  store_.refresh();
+  const h5::Reader file(path + "/state.h5");
+  const auto restore = [&](const std::string& group, const at::Tensor& flat) {
+    for (const auto& p : store_.parameters()) {
+      const at::Tensor full = file.read(group + "/" + p.spec.name);
+      flat.narrow(0, p.begin, p.master.numel()).view(p.master.sizes()).copy_(take_shard(full, p.spec.shard));
+    }
+  };
+  restore("exp_avg", optimizer_.exp_avg());
+  restore("exp_avg_sq", optimizer_.exp_avg_sq());
+  return {file.attribute_int("step"), {file.attribute_int("epoch"), file.attribute_int("sequence")}};
+}
+
+std::optional<Manifest> verify_checkpoint(const std::string& path, std::string& why) {
+  const std::string manifest_path = path + "/manifest.json";
+  if (!fs::exists(manifest_path)) {
+    why = "manifest.json is missing";
+    return std::nullopt;
+  }
+  const json manifest = json::parse(read_file(manifest_path, int64_t{1} << 20), nullptr, /*allow_exceptions=*/false);
+  try {
+    for (const char* name : kFiles) {
+      const json& file = manifest.at("files").at(name);
+      const std::string file_path = path + "/" + name;
+      if (!fs::exists(file_path) || fs::file_size(file_path) != file.at("bytes").get<uintmax_t>() ||
+          sha256_of_file(file_path) != file.at("sha256").get<std::string>()) {
+        why = fmt::format("{} is missing or not what manifest.json describes", name);
+        return std::nullopt;
+      }
+    }
+    return Manifest{manifest.at("step").get<int64_t>(), manifest.at("identity").get<std::string>()};
+  } catch (const json::exception&) {
+    why = "manifest.json is damaged";
+    return std::nullopt;
+  }
+}
+
+AdapterFile collect_adapter(const ParameterStore& store, const RunIdentity& identity, Communicator& tp) {
+  return {identity.adapter, identity.base_model, store.gather(store.masters(), tp)};
+}
+
+}  // namespace corank

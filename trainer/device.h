@@ -1,0 +1,18 @@
+#pragma once
+#include <ATen/ATen.h>
+
+#include <map>
+#include <string>
+
+namespace corank {
+
+/// Peak memory since reset_peak_memory(): CUDA: what the caching allocator had allocated; CPU: the process's peak resident
+/// set (which cannot be reset).
+int64_t peak_memory_bytes(at::Device device);
+void reset_peak_memory(at::Device device);
+/// Waits for everything enqueued on the device; nothing to wait for on the CPU.
+void synchronize(at::Device device);
+/// Version of every library that computes or stores: torch, hdf5, mpi, with CUDA also cuda and nccl.
+std::map<std::string, std::string> library_versions();
+
+}  // namespace corank

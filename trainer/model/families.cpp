@@ -1,0 +1,98 @@
+#include "trainer/model/families.h"
+
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "configs/error.h"
+#include "data/file.h"
+#include "trainer/model/decoder.h"
+
+namespace corank {
+namespace {
+
+struct Family {
+  const char* model_type;
+  DecoderConfig (*read)(const std::string& config_json, const std::string& origin);
+};
+
+constexpr Family kFamilies[] = {
+    {"llama", llama_config},
+};
+
+struct Shape {
+  const char* name;
+  const char* config_json;
+};
+
+// Sizes of the published configurations; random weights of these shapes are for benchmarks.
+constexpr Shape kShapes[] = {
+    {"tiny-llama", R"({"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176,
+      "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5})"},
+    {"smollm2-135m", R"({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+      "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+      "rope_theta": 100000, "tie_word_embeddings": true})"},
+    {"llama-3.2-1b", R"({"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+      "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+      "rms_norm_eps": 1e-5, "rope_theta": 500000, "tie_word_embeddings": true})"},
+    {"llama-3-8b", R"({"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+      "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+      "rope_theta": 500000})"},
+    {"llama-3-70b", R"({"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+      "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+      "rope_theta": 500000})"},
+};
+
+DecoderConfig read_config(const std::string& config_json, const std::string& origin) {
+  const auto json = nlohmann::json::parse(config_json, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) throw InputError(origin + ": not a JSON object");
+  const auto type = json.value("model_type", nlohmann::json());
+  std::vector<std::string> known;
+  for (const Family& family : kFamilies) {
+    if (type == family.model_type) return family.read(config_json, origin);
+    known.emplace_back(family.model_type);
+  }
+  throw InputError(fmt::format("{}: model_type {} is not one of {}. Only these architectures can be trained.", origin,
+                               type.dump(), fmt::join(known, ", ")));
+}
+
+std::string origin_of(const ModelOptions& options) {
+  return options.path.empty() ? "model.shape " + options.shape : options.path + "/config.json";
+}
+
+}  // namespace
+
+std::vector<std::string> shape_names() {
+  std::vector<std::string> names;
+  for (const Shape& shape : kShapes) names.emplace_back(shape.name);
+  return names;
+}
+
+std::string model_config_json(const ModelOptions& options) {
+  if (!options.path.empty()) return read_file(options.path + "/config.json", int64_t{1} << 24);
+  for (const Shape& shape : kShapes) {
+    if (options.shape == shape.name) return shape.config_json;
+  }
+  throw ConfigError(fmt::format("model.shape: '{}' is not one of {}", options.shape, fmt::join(shape_names(), ", ")));
+}
+
+void check_model_config(const std::string& config_json, const std::string& origin, int tensor) {
+  check_split(read_config(config_json, origin), tensor);
+}
+
+std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp) {
+  const DecoderConfig config = read_config(model_config_json(options), origin_of(options));
+  check_split(config, tp.size());
+  const bool outline = options.device.is_meta();
+  const auto weights = options.path.empty() ? random_weights(options.seed, outline) : folder_weights(options.path, outline);
+  auto model = make_decoder(config, options, *weights, tp);
+  weights->finish();
+  return model;
+}
+
+std::unique_ptr<Model> outline_model(ModelOptions options, Communicator& tp) {
+  options.device = at::kMeta;
+  return load_model(options, tp);
+}
+
+}  // namespace corank

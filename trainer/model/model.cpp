@@ -1,0 +1,30 @@
+#include "trainer/model/model.h"
+
+namespace corank {
+
+int64_t num_base_parameters(Model& model) {
+  int64_t total = 0;
+  for (const AdaptedLinear* linear : model.linears()) total += linear->num_base_parameters();
+  for (const NamedWeight& weight : model.other_weights()) {
+    int64_t count = 1;
+    for (int64_t size : weight.shape) count *= size;
+    total += count;
+  }
+  return total;
+}
+
+int64_t base_bytes(Model& model) {
+  int64_t total = 0;
+  for (const AdaptedLinear* linear : model.linears()) total += linear->weight().bytes();
+  for (const NamedWeight& weight : model.other_weights()) total += static_cast<int64_t>(weight.weight->value.nbytes());
+  return total;
+}
+
+SegmentAttention::SegmentAttention(const Batch& batch) : segments_{batch.cu_seqlens, batch.lengths, batch.max_length} {}
+
+at::Tensor SegmentAttention::attend(int64_t, const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
+                                    double scale) {
+  return ops::attention(q_NHd, k_NKd, v_NKd, segments_, scale);
+}
+
+}  // namespace corank

@@ -1,0 +1,88 @@
+#include "trainer/model/weight_source.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "configs/error.h"
+#include "trainer/ops/random.h"
+
+namespace corank {
+namespace {
+
+at::Tensor outline_of(const std::vector<int64_t>& shape, const Shard& shard) {
+  return at::empty(shard.local_shape(shape), at::TensorOptions(at::kFloat).device(at::kMeta));
+}
+
+class FolderWeights : public WeightSource {
+ public:
+  FolderWeights(const std::string& folder, bool outline) : file_(folder), outline_(outline) {}
+
+  at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) override {
+    if (!file_.has(name)) {
+      throw InputError(fmt::format("{}: tensor {} is missing. config.json asks for it; the folder is incomplete or belongs "
+                                   "to another architecture.",
+                                   file_.folder(), name));
+    }
+    const auto& found = file_.info(name).shape;
+    if (found != shape) {
+      throw InputError(fmt::format("{}: tensor {} has shape [{}], config.json asks for [{}].", file_.folder(), name,
+                                   fmt::join(found, ", "), fmt::join(shape, ", ")));
+    }
+    if (outline_) {
+      file_.mark_used(name);
+      return outline_of(shape, shard);
+    }
+    if (shard.whole()) return file_.read(name);
+    const int64_t start = std::min(shard.start, shape[shard.dim]);
+    const int64_t length = std::min(shard.block, shape[shard.dim] - start);
+    const at::Tensor part = file_.read_slice(name, shard.dim, start, length);
+    return take_shard(part, {shard.dim, 0, shard.block});
+  }
+
+  void skip(const std::string& name) override {
+    if (file_.has(name)) file_.mark_used(name);
+  }
+  void finish() override { file_.require_all_used(); }
+
+ private:
+  WeightFile file_;
+  bool outline_;
+};
+
+class RandomWeights : public WeightSource {
+ public:
+  RandomWeights(uint64_t seed, bool outline) : seed_(seed), outline_(outline) {}
+
+  at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) override {
+    if (outline_) return outline_of(shape, shard);
+    at::Tensor local = at::zeros(shard.local_shape(shape), at::TensorOptions(at::kFloat));
+    const int64_t inside = shard.whole() ? 0 : std::clamp<int64_t>(shape[shard.dim] - shard.start, 0, shard.block);
+    const at::Tensor real = shard.whole() ? local : local.narrow(shard.dim, 0, inside);
+    if (name.ends_with("norm.weight")) {
+      real.fill_(1);
+    } else if (!name.ends_with(".bias")) {
+      ops::fill_normal(real, ops::key_of(seed_, "weights", name), 0, 0.02, shape, shard.offset(shape.size()));
+    }
+    return local;
+  }
+
+  void skip(const std::string&) override {}
+  void finish() override {}
+
+ private:
+  uint64_t seed_;
+  bool outline_;
+};
+
+}  // namespace
+
+std::unique_ptr<WeightSource> folder_weights(const std::string& folder, bool outline) {
+  return std::make_unique<FolderWeights>(folder, outline);
+}
+
+std::unique_ptr<WeightSource> random_weights(uint64_t seed, bool outline) {
+  return std::make_unique<RandomWeights>(seed, outline);
+}
+
+}  // namespace corank

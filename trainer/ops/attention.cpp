@@ -1,0 +1,203 @@
+#include "trainer/ops/attention.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "trainer/ops/cuda.h"
+
+namespace corank::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// [T, H, d] of one segment -> [1, H, T, d].
+at::Tensor heads_first(const at::Tensor& x_THd) { return x_THd.transpose(0, 1).unsqueeze(0); }
+at::Tensor tokens_first(const at::Tensor& x_1HTd) { return x_1HTd.squeeze(0).transpose(0, 1); }
+
+at::Tensor causal_mask(int64_t queries, int64_t keys, const at::TensorOptions& options) {
+  return at::full({queries, keys}, -std::numeric_limits<double>::infinity(), options).triu_(keys - queries + 1);
+}
+
+/// Plain causal attention of the last rows of one sequence.
+at::Tensor plain_segment(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd, double scale) {
+  const int64_t group = q_NHd.size(1) / k_TKd.size(1);
+  const auto dtype = q_NHd.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor q = heads_first(q_NHd).to(dtype);
+  const at::Tensor k = heads_first(k_TKd).repeat_interleave(group, 1).to(dtype);
+  const at::Tensor v = heads_first(v_TKd).repeat_interleave(group, 1).to(dtype);
+  const at::Tensor scores = at::matmul(q, k.transpose(-1, -2)) * scale + causal_mask(q.size(2), k.size(2), q.options());
+  return tokens_first(at::matmul(at::softmax(scores, -1), v)).to(q_NHd.scalar_type());
+}
+
+struct Call : torch::CustomClassHolder {
+  Segments segments;
+  double scale = 1;
+};
+
+/// One way to compute all segments. `kept` is what its backward needs beside q, k, v, out.
+struct Kernel {
+  at::Tensor (*forward)(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+                        variable_list& kept);
+  variable_list (*backward)(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const at::Tensor& out, const Call& call, const variable_list& kept);
+};
+
+at::Tensor cpu_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+                       variable_list& kept) {
+  at::Tensor out = at::empty_like(q);
+  int64_t start = 0;
+  for (int64_t length : call.segments.lengths) {
+    const auto part = [&](const at::Tensor& x) { return heads_first(x.narrow(0, start, length)); };
+    auto [o, lse] = at::_scaled_dot_product_flash_attention_for_cpu(part(q), part(k), part(v), /*dropout_p=*/0,
+                                                                    /*is_causal=*/true, std::nullopt, call.scale);
+    out.narrow(0, start, length).copy_(tokens_first(o));
+    kept.push_back(lse);
+    start += length;
+  }
+  return out;
+}
+
+variable_list cpu_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& out, const Call& call, const variable_list& kept) {
+  variable_list grads{at::empty_like(q), at::empty_like(k), at::empty_like(v)};
+  int64_t start = 0;
+  for (size_t s = 0; s < call.segments.lengths.size(); ++s) {
+    const int64_t length = call.segments.lengths[s];
+    const auto part = [&](const at::Tensor& x) { return heads_first(x.narrow(0, start, length)); };
+    auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        part(grad), part(q), part(k), part(v), part(out), kept[s], /*dropout_p=*/0, /*is_causal=*/true, std::nullopt,
+        call.scale);
+    grads[0].narrow(0, start, length).copy_(tokens_first(dq));
+    grads[1].narrow(0, start, length).copy_(tokens_first(dk));
+    grads[2].narrow(0, start, length).copy_(tokens_first(dv));
+    start += length;
+  }
+  return grads;
+}
+
+at::Tensor plain_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+                         variable_list&) {
+  variable_list outputs;
+  int64_t start = 0;
+  for (int64_t length : call.segments.lengths) {
+    const auto part = [&](const at::Tensor& x) { return x.narrow(0, start, length); };
+    outputs.push_back(plain_segment(part(q), part(k), part(v), call.scale));
+    start += length;
+  }
+  return at::cat(outputs, 0);
+}
+
+/// The plain formula again under autograd: slow and obviously right, for dtypes that no CUDA kernel takes.
+variable_list plain_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor&, const Call& call, const variable_list&) {
+  const at::AutoGradMode grad_mode(true);
+  variable_list inputs{q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()};
+  variable_list kept;
+  const at::Tensor out = plain_forward(inputs[0], inputs[1], inputs[2], call, kept);
+  return torch::autograd::grad({out}, inputs, {grad});
+}
+
+at::Tensor cudnn_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+                         variable_list& kept) {
+  const int64_t rows = static_cast<int64_t>(call.segments.lengths.size());
+  const auto batch = [&](const at::Tensor& x) { return x.view({rows, -1, x.size(1), x.size(2)}).transpose(1, 2); };
+  auto [out, lse, cu_q, cu_k, max_q, max_k, seed, offset, debug] = at::_scaled_dot_product_cudnn_attention(
+      batch(q), batch(k), batch(v), std::nullopt, /*compute_log_sumexp=*/true, /*dropout_p=*/0, /*is_causal=*/true,
+      /*return_debug_mask=*/false, call.scale);
+  kept = {lse, seed, offset};
+  return out.transpose(1, 2).contiguous().view(q.sizes());
+}
+
+variable_list cudnn_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const Call& call, const variable_list& kept) {
+  const int64_t rows = static_cast<int64_t>(call.segments.lengths.size());
+  const auto batch = [&](const at::Tensor& x) { return x.view({rows, -1, x.size(1), x.size(2)}).transpose(1, 2); };
+  auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
+      batch(grad), batch(q), batch(k), batch(v), batch(out), kept[0], kept[1], kept[2], at::Tensor(), at::Tensor(),
+      at::Tensor(), call.segments.max_length, call.segments.max_length, /*dropout_p=*/0, /*is_causal=*/true, call.scale);
+  const auto flat = [](const at::Tensor& x, const at::Tensor& like) { return x.transpose(1, 2).reshape(like.sizes()); };
+  return {flat(dq, q), flat(dk, k), flat(dv, v)};
+}
+
+at::Tensor flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+                         variable_list& kept) {
+  const Segments& s = call.segments;
+  auto [out, lse, rng, unused, debug] =
+      at::_flash_attention_forward(q, k, v, s.cu_seqlens, s.cu_seqlens, s.max_length, s.max_length, /*dropout_p=*/0,
+                                   /*is_causal=*/true, /*return_debug_mask=*/false, call.scale);
+  kept = {lse, rng, unused};
+  return out;
+}
+
+variable_list flash_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const Call& call, const variable_list& kept) {
+  const Segments& s = call.segments;
+  auto [dq, dk, dv] = at::_flash_attention_backward(grad.contiguous(), q, k, v, out, kept[0], s.cu_seqlens, s.cu_seqlens,
+                                                    s.max_length, s.max_length, /*dropout_p=*/0, /*is_causal=*/true,
+                                                    kept[1], kept[2], call.scale);
+  return {dq, dk, dv};
+}
+
+const Kernel& kernel_for(const at::Tensor& q, const Segments& segments) {
+  static constexpr Kernel cpu{cpu_forward, cpu_backward}, plain{plain_forward, plain_backward},
+      cudnn{cudnn_forward, cudnn_backward}, flash{flash_forward, flash_backward};
+  if (!q.is_cuda()) return cpu;
+  if (q.scalar_type() != at::kBFloat16) return plain;
+  return segments.uniform() ? cudnn : flash;
+}
+
+struct Attention : torch::autograd::Function<Attention> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            c10::intrusive_ptr<Call> call) {
+    variable_list kept;
+    at::Tensor out = kernel_for(q, call->segments).forward(q, k, v, *call, kept);
+    variable_list saved{q, k, v, out};
+    saved.insert(saved.end(), kept.begin(), kept.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const variable_list s = ctx->get_saved_variables();
+    const variable_list kept(s.begin() + 4, s.end());
+    variable_list result =
+        kernel_for(s[0], call->segments).backward(grads[0].view(s[3].sizes()), s[0], s[1], s[2], s[3], *call, kept);
+    result.emplace_back();
+    return result;
+  }
+};
+
+}  // namespace
+
+bool Segments::uniform() const {
+  return std::all_of(lengths.begin(), lengths.end(), [&](int64_t length) { return length == max_length; });
+}
+
+at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd, const Segments& segments,
+                     double scale) {
+  TORCH_CHECK(q_NHd.size(1) % k_NKd.size(1) == 0, "attention: query heads must be a multiple of key-value heads");
+  auto call = c10::make_intrusive<Call>();
+  call->segments = segments;
+  call->scale = scale;
+  return Attention::apply(q_NHd, k_NKd, v_NKd, std::move(call)).view({q_NHd.size(0), -1});
+}
+
+at::Tensor cached_attention(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd, double scale) {
+  return plain_segment(q_NHd, k_TKd, v_TKd, scale).reshape({q_NHd.size(0), -1});
+}
+
+at::Tensor attention_reference(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
+                               const Segments& segments, double scale) {
+  Call call;
+  call.segments = segments;
+  call.scale = scale;
+  variable_list kept;
+  return plain_forward(q_NHd, k_NKd, v_NKd, call, kept).reshape({q_NHd.size(0), -1});
+}
+
+}  // namespace corank::ops

@@ -1,0 +1,48 @@
+#pragma once
+#include <ATen/ATen.h>
+
+#include <tuple>
+#include <utility>
+
+#include "trainer/ops/dropout.h"
+
+/// The CUDA kernels behind the ops. Every tensor: CUDA, contiguous, float32 or bfloat16 (has_kernel); statistics and
+/// arithmetic in float32; on the current stream. A CPU build has the same functions in no_cuda.cpp; they throw.
+namespace corank::ops::cuda {
+
+/// True if the kernels take x's dtype (float64 goes through ATen).
+inline bool has_kernel(const at::Tensor& x) {
+  return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
+}
+
+/// y = dropped and scaled x; both [N, I]. float64 too.
+void dropout(const at::Tensor& x_NI, const at::Tensor& y_NI, const Dropout& dropout);
+
+/// (y [N, D], rstd [N, 1] float32).
+std::pair<at::Tensor, at::Tensor> rms_norm_forward(const at::Tensor& h_ND, const at::Tensor& weight_D, double eps);
+/// dh [N, D]; the weight is frozen.
+at::Tensor rms_norm_backward(const at::Tensor& grad_ND, const at::Tensor& h_ND, const at::Tensor& rstd_N1,
+                             const at::Tensor& weight_D);
+
+/// x turned by direction (1 or -1) times the angle of its position.
+at::Tensor rope(const at::Tensor& x_NHd, const at::Tensor& cos_Td, const at::Tensor& sin_Td,
+                const at::Tensor& positions_N, int direction);
+
+at::Tensor swiglu_forward(const at::Tensor& gate_NF, const at::Tensor& up_NF);
+/// (dgate, dup).
+std::pair<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad_NF, const at::Tensor& gate_NF,
+                                                  const at::Tensor& up_NF);
+
+/// Overwrites logits [M, V] (float32 or bfloat16) with softmax(logits) - onehot(target), given each row's log-sum-exp.
+/// A target outside [0, V) has no one. The plain form: exp(logits - lse) with 1 subtracted at the target.
+void softmax_gradient(const at::Tensor& logits_MV, const at::Tensor& lse_M, const at::Tensor& targets_M);
+/// (max [M], sum of exp(logits - max) [M], logit of the target or 0 where outside [M]), float32, in one pass.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tensor& logits_MV,
+                                                                  const at::Tensor& targets_M);
+
+/// The caching allocator of the current device, and a wait for everything on it.
+int64_t peak_memory_bytes();
+void reset_peak_memory();
+void synchronize();
+
+}  // namespace corank::ops::cuda

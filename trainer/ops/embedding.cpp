@@ -1,0 +1,40 @@
+#include "trainer/ops/embedding.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace corank::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Embedding : torch::autograd::Function<Embedding> {
+  static at::Tensor forward(AutogradContext* ctx, const std::optional<at::Tensor>& leaf, const at::Tensor& tokens_N,
+                            const at::Tensor& weight_VD, int64_t offset, Communicator* tp) {
+    const at::Tensor local = tokens_N - offset;
+    const at::Tensor here = local.ge(0).logical_and_(local.lt(weight_VD.size(0)));
+    const at::Tensor rows = local.clamp(0, weight_VD.size(0) - 1);
+    at::Tensor x_ND = weight_VD.index_select(0, rows);
+    if (tp->size() > 1) {
+      x_ND.mul_(here.unsqueeze(1));
+      tp->all_reduce(x_ND, ReduceOp::sum, Purpose::tensor_activations);
+    }
+    if (leaf) ctx->save_for_backward({*leaf, rows, here});
+    return x_ND;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor g = (grads[0] * saved[2].unsqueeze(1)).to(saved[0].scalar_type());
+    at::Tensor dw_VD = at::zeros(saved[0].sizes(), g.options()).index_add_(0, saved[1], g);
+    return {dw_VD, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor embedding(const at::Tensor& tokens_N, const Weight& weight_VD, int64_t offset, Communicator& tp) {
+  return Embedding::apply(if_defined(weight_VD.leaf), tokens_N, weight_VD.value, offset, &tp);
+}
+
+}  // namespace corank::ops

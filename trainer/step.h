@@ -1,0 +1,45 @@
+#pragma once
+#include "comm/grad_reducer.h"
+#include "data/loader.h"
+#include "trainer/adapter/methods.h"
+#include "trainer/model/model.h"
+#include "trainer/optimizer.h"
+
+namespace corank {
+
+/// What a step works on. Borrowed.
+struct StepParts {
+  const Mesh& mesh;
+  const Model& model;
+  AdapterMethod& method;
+  ParameterStore& store;
+  Optimizer& optimizer;
+  GradReducer& reducer;
+};
+
+struct StepOptions {
+  double learning_rate = 0;
+  double max_grad_norm = 1.0;  ///< 0: no clipping
+  uint64_t seed = 0;
+};
+
+struct StepStats {
+  double loss = 0;       ///< sum of token losses of the global batch / its target tokens
+  double grad_norm = 0;  ///< before clipping
+  int64_t target_tokens = 0;  ///< of the global batch
+  int64_t tokens = 0;         ///< of the global batch
+};
+
+/// Collective over the world. One optimizer step `step` (from 1) on one global batch; the same result for any split into
+/// micro-batches and ranks, up to rounding. Throws InputError on every rank if loss or gradient is not finite, before any
+/// parameter changed.
+StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options);
+
+/// Collective over the world. Mean loss over the targets of `batches`, without gradients.
+struct EvalResult {
+  double loss = 0;
+  int64_t target_tokens = 0;
+};
+EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batch>& batches);
+
+}  // namespace corank

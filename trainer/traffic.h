@@ -1,0 +1,40 @@
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "comm/mesh.h"
+#include "trainer/adapter/config.h"
+#include "trainer/model/families.h"
+
+namespace corank {
+
+/// What decides the bytes of a step, known before anything is built.
+struct TrafficShape {
+  int64_t hidden = 0, vocab = 0, layers = 0;
+  struct Linear {
+    std::string name;
+    int64_t in = 0, out = 0;
+    bool row = false;  ///< row-parallel, else column-parallel
+    bool bias = false;
+  };
+  std::vector<Linear> linears;
+  int64_t vocabulary_matrices = 0;  ///< embedding and, where it is not tied, head
+  int64_t other_replicated = 0;     ///< elements of norms
+};
+TrafficShape traffic_shape(Model& model);
+
+/// One micro-batch of a rank, as far as bytes go.
+struct BatchSize {
+  int64_t tokens = 0, targets = 0;
+};
+
+/// Bytes that one rank hands to collectives in one optimizer step, by purpose, from formulas alone (methods 11.1; README,
+/// "Bytes"): never from counters. e = bytes of an activation. tensor_activations of a micro-batch of N tokens: N D e for the
+/// embedding, 2 N D e a layer forward, as much backward (less one where nothing below the first layer trains), what
+/// recomputation repeats, and M D e for the loss.
+std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
+                                              int activation_bytes, Checkpointing checkpointing,
+                                              const std::vector<BatchSize>& micro_batches);
+
+}  // namespace corank
