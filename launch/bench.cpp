@@ -8,8 +8,10 @@ namespace {
 /// The same random sequences for every layout: sequence s of the global batch draws from its own key.
 Sample random_sample(int64_t length, int64_t vocab, uint64_t seed, int64_t sequence) {
   at::Tensor draws = at::empty({length}, at::TensorOptions(at::kDouble));
-  ops::fill_uniform(draws, ops::key_of(seed, "bench", "tokens", sequence), 0, static_cast<double>(vocab), {length}, {0});
-  return {draws.floor_().clamp_(0, static_cast<double>(vocab - 1)).to(at::kInt), at::ones({length}, at::TensorOptions(at::kByte))};
+  ops::fill_uniform(draws, ops::key_of(seed, "bench", "tokens", sequence), 0, static_cast<double>(vocab), {length},
+                    {0});
+  return {draws.floor_().clamp_(0, static_cast<double>(vocab - 1)).to(at::kInt),
+          at::ones({length}, at::TensorOptions(at::kByte))};
 }
 
 StepBatches random_batches(const RunConfig& run, const Mesh& mesh, int64_t vocab) {
@@ -37,7 +39,8 @@ Bench::Bench(Session& session)
   const RunConfig& run = session.run();
   if (run.data.train.empty()) return;
   data_ = std::make_unique<TokenFile>(run.data.train);
-  loader_ = std::make_unique<Loader>(*data_, run.loader_options(session.mesh().dp().rank(), session.mesh().dp().size()));
+  loader_ =
+      std::make_unique<Loader>(*data_, run.loader_options(session.mesh().dp().rank(), session.mesh().dp().size()));
 }
 
 StepBatches Bench::next() {

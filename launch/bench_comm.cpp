@@ -51,7 +51,8 @@ int64_t counted_total(const Report& report) {
 nlohmann::ordered_json to_json(const Report& report) {
   auto result = nlohmann::ordered_json::object();
   for (const auto& [purpose, line] : report) {
-    result[std::string(name(purpose))] = {{"predicted", line.predicted}, {"counted", line.counted}, {"seconds", line.seconds}};
+    result[std::string(name(purpose))] = {
+        {"predicted", line.predicted}, {"counted", line.counted}, {"seconds", line.seconds}};
   }
   return result;
 }
@@ -59,8 +60,8 @@ nlohmann::ordered_json to_json(const Report& report) {
 void print_report(const char* title, const Report& report) {
   fmt::print("{}\n  {:<20} {:>16} {:>16} {:>7} {:>10}\n", title, "bytes a step", "predicted", "counted", "", "seconds");
   for (const auto& [purpose, line] : report) {
-    fmt::print("  {:<20} {:>16} {:>16} {:>7} {:>10.4f}\n", name(purpose), grouped(line.predicted), grouped(line.counted),
-               line.predicted == line.counted ? "equal" : "DIFFER", line.seconds);
+    fmt::print("  {:<20} {:>16} {:>16} {:>7} {:>10.4f}\n", name(purpose), grouped(line.predicted),
+               grouped(line.counted), line.predicted == line.counted ? "equal" : "DIFFER", line.seconds);
   }
 }
 
@@ -79,16 +80,19 @@ int run_bench_comm(const CommandLine& line, const World& world) {
   full_run.adapter_keys.clear();
   const Report adapter = measure(run, world), full = measure(full_run, world);
   if (world.rank() != 0) return 0;
-  const double ratio =
-      counted_total(adapter) > 0 ? static_cast<double>(counted_total(full)) / static_cast<double>(counted_total(adapter)) : 1;
+  const double ratio = counted_total(adapter) > 0
+                           ? static_cast<double>(counted_total(full)) / static_cast<double>(counted_total(adapter))
+                           : 1;
   if (line.json) {
-    fmt::print("{}\n", nlohmann::ordered_json{{"adapter", to_json(adapter)}, {"full", to_json(full)}, {"ratio", ratio}}.dump());
+    fmt::print("{}\n",
+               nlohmann::ordered_json{{"adapter", to_json(adapter)}, {"full", to_json(full)}, {"ratio", ratio}}.dump());
   } else {
     print_report(("this run (" + run.adapter.method + "), rank 0").c_str(), adapter);
     print_report("full fine-tuning, same layout, rank 0", full);
     fmt::print("full fine-tuning hands over {:.2f} times the bytes\n", ratio);
   }
-  if (!all_equal(adapter) || !all_equal(full)) throw InternalError("bench comm: predicted and counted bytes differ (see above).");
+  if (!all_equal(adapter) || !all_equal(full))
+    throw InternalError("bench comm: predicted and counted bytes differ (see above).");
   return 0;
 }
 

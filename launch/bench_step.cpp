@@ -18,8 +18,8 @@ struct Arguments : CommandLine {
   int64_t steps = 20, warmup = 3;
 };
 
-/// Multiply-adds of a step count twice. Frozen base: forward and input gradients, 4 P; full: 6 P. Attention: causal halves
-/// 4 T D forward, and backward is 2.5 times that (the counting of NVIDIA's LoRA benchmarks).
+/// Multiply-adds of a step count twice. Frozen base: forward and input gradients, 4 P; full: 6 P. Attention: causal
+/// halves 4 T D forward, and backward is 2.5 times that (the counting of NVIDIA's LoRA benchmarks).
 double model_flops(Session& session, const StepBatches& batches) {
   double linear = 0, width = 0;
   for (const AdaptedLinear* l : session.model().linears()) {
@@ -30,7 +30,8 @@ double model_flops(Session& session, const StepBatches& batches) {
   const double passes = session.method().trains_base() ? 6 : 4;
   double flops = 0;
   for (const Batch& batch : batches.micro_batches) {
-    flops += passes * (linear * static_cast<double>(batch.num_tokens()) + head * static_cast<double>(batch.num_targets()));
+    flops +=
+        passes * (linear * static_cast<double>(batch.num_tokens()) + head * static_cast<double>(batch.num_targets()));
     for (const int64_t length : batch.lengths) flops += 3.5 * 2 * width * static_cast<double>(length * length);
   }
   return flops * session.mesh().dp().size();
@@ -77,9 +78,11 @@ int run_bench_step(const Arguments& a, const World& world) {
   if (a.json) {
     fmt::print("{}\n", result.dump());
   } else {
-    fmt::print("{:.0f} tokens/s, step {:.4f} s (min {:.4f}, max {:.4f}, {} steps), {:.2f} model TFLOP/s, peak memory {}, loss {:.4f}\n",
-               median(rates), middle, *low, *high, a.steps, flops / middle / 1e12, human_bytes(peak_memory_bytes(device)),
-               stats.loss);
+    fmt::print(
+        "{:.0f} tokens/s, step {:.4f} s (min {:.4f}, max {:.4f}, {} steps), {:.2f} model TFLOP/s, peak memory {}, loss "
+        "{:.4f}\n",
+        median(rates), middle, *low, *high, a.steps, flops / middle / 1e12, human_bytes(peak_memory_bytes(device)),
+        stats.loss);
   }
   return 0;
 }

@@ -36,13 +36,15 @@ std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Pu
     if (ours || theirs) text += fmt::format("  {:<20} {:>16} {:>18}\n", name(purpose), grouped(ours), grouped(theirs));
   }
   text += fmt::format("  {:<20} {:>16} {:>18}", "total", grouped(total(run)), grouped(total(full)));
-  if (total(run) > 0) text += fmt::format("   {:.1f} times less", static_cast<double>(total(full)) / static_cast<double>(total(run)));
+  if (total(run) > 0)
+    text += fmt::format("   {:.1f} times less", static_cast<double>(total(full)) / static_cast<double>(total(run)));
   return text;
 }
 
 std::string closing_text(Session& session, const std::map<Purpose, int64_t>& counted) {
   const RunConfig& run = session.run();
-  std::string text = fmt::format("{}: {}\n", session.method().trains_base() ? "model" : "adapter", result_path(session));
+  std::string text =
+      fmt::format("{}: {}\n", session.method().trains_base() ? "model" : "adapter", result_path(session));
   if (session.mesh().world().size() > 1) {
     // What does not depend on the method was counted; the gradients of full fine-tuning are predicted.
     std::map<Purpose, int64_t> full = counted;
@@ -52,8 +54,9 @@ std::string closing_text(Session& session, const std::map<Purpose, int64_t>& cou
     full[Purpose::weight_gradients] = at_or_zero(predicted_bytes(session, method, {}), Purpose::weight_gradients);
     text += bytes_table(counted, full) + "\n";
   }
-  text += session.method().trains_base() ? fmt::format("use it: corank eval {} model.path={}", run.file, result_path(session))
-                                         : fmt::format("use it: launch/chat {} --adapter {}", run.file, result_path(session));
+  text += session.method().trains_base()
+              ? fmt::format("use it: corank eval {} model.path={}", run.file, result_path(session))
+              : fmt::format("use it: launch/chat {} --adapter {}", run.file, result_path(session));
   return text;
 }
 

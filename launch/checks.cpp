@@ -13,14 +13,15 @@ namespace {
 void check_layout(const RunConfig& run, int ranks) {
   const int64_t tensor = run.parallel.tensor;
   if (ranks % tensor != 0) {
-    throw ConfigError(fmt::format("parallel.tensor: {} does not divide the {} ranks of this job. Start a multiple of it.", tensor,
-                                  ranks));
+    throw ConfigError(fmt::format(
+        "parallel.tensor: {} does not divide the {} ranks of this job. Start a multiple of it.", tensor, ranks));
   }
   const int64_t data = ranks / tensor, rows = run.train.micro_batch_size * data;
   if (run.train.global_batch_size % rows != 0) {
-    throw ConfigError(fmt::format("train.global_batch_size: {} is not a multiple of micro_batch_size {} x {} data-parallel "
-                                  "ranks.",
-                                  run.train.global_batch_size, run.train.micro_batch_size, data));
+    throw ConfigError(
+        fmt::format("train.global_batch_size: {} is not a multiple of micro_batch_size {} x {} data-parallel "
+                    "ranks.",
+                    run.train.global_batch_size, run.train.micro_batch_size, data));
   }
 }
 
@@ -35,7 +36,8 @@ int64_t check_tokens(const std::string& path, int64_t vocab_size) {
 
 CheckedInputs check_inputs(const RunConfig& run, int ranks) {
   check_layout(run, ranks);
-  const std::string origin = run.model.path.empty() ? "model.shape " + run.model.shape : run.model.path + "/config.json";
+  const std::string origin =
+      run.model.path.empty() ? "model.shape " + run.model.shape : run.model.path + "/config.json";
   check_model_config(model_config_json(run.model), origin, static_cast<int>(run.parallel.tensor));
   Ledger ledger;
   const auto solo = make_solo_communicator(at::kCPU, ledger);

@@ -13,11 +13,12 @@ struct CheckedInputs {
   std::vector<std::string> targets;  ///< modules the adapter sits on; empty for full fine-tuning
 };
 
-/// Every check that `train` makes before its first step, on one process and without reading weights: the architecture and
-/// its split over parallel.tensor, names and shapes of all tensors, targets, adapter.path, every token of the token files, the
-/// batch for `ranks` ranks. Throws the error that train would throw.
+/// Every check that `train` makes before its first step, on one process and without reading weights: the architecture
+/// and its split over parallel.tensor, names and shapes of all tensors, targets, adapter.path, every token of the token
+/// files, the batch for `ranks` ranks. Throws the error that train would throw.
 CheckedInputs check_inputs(const RunConfig& run, int ranks);
-/// Collective over the world. The same on rank 0 for all: a refusal is every rank's refusal, before anything is allocated.
+/// Collective over the world. The same on rank 0 for all: a refusal is every rank's refusal, before anything is
+/// allocated.
 void check_inputs_together(const RunConfig& run, const World& world);
 
 }  // namespace corank

@@ -7,7 +7,8 @@
 
 namespace corank {
 
-Console::Console(bool leader, bool json) : leader_(leader), out_(json ? stderr : stdout), bar_(isatty(STDERR_FILENO) == 1) {}
+Console::Console(bool leader, bool json)
+    : leader_(leader), out_(json ? stderr : stdout), bar_(isatty(STDERR_FILENO) == 1) {}
 
 void Console::say(const std::string& text) {
   if (!leader_) return;
@@ -18,8 +19,9 @@ void Console::say(const std::string& text) {
 
 void Console::on_step(const StepRecord& r) {
   say(fmt::format("step {:>{}}/{}  loss {:.4f}  grad_norm {:.4f}  lr {:.3e}  {:.0f} tokens/s  {:.2f} s{}", r.step,
-                  std::to_string(r.max_steps).size(), r.max_steps, r.loss, r.grad_norm, r.learning_rate, r.tokens_per_second,
-                  r.step_seconds, r.eval_loss ? fmt::format("  eval_loss {:.4f}", *r.eval_loss) : ""));
+                  std::to_string(r.max_steps).size(), r.max_steps, r.loss, r.grad_norm, r.learning_rate,
+                  r.tokens_per_second, r.step_seconds,
+                  r.eval_loss ? fmt::format("  eval_loss {:.4f}", *r.eval_loss) : ""));
   if (bar_ && leader_) draw_bar(r);
 }
 
@@ -41,15 +43,15 @@ void Console::introduce(Session& session, const World& world, int threads) {
                   100.0 * static_cast<double>(trainable) / static_cast<double>(all)));
   const int dp = session.mesh().dp().size(), tp = session.mesh().tp().size();
   const int64_t micro = run.train.micro_batch_size, global = run.train.global_batch_size;
-  say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {} dp x {} accumulation x {} micro-batch", world.size(), dp, tp,
-                  global, dp, global / (dp * micro), micro));
+  say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {} dp x {} accumulation x {} micro-batch", world.size(),
+                  dp, tp, global, dp, global / (dp * micro), micro));
   say(fmt::format("backend {}, {} on {}, {} thread{} a rank ({} rank{} on this host)", run.parallel.backend,
                   run.model.dtype == at::kFloat ? "float32" : "bfloat16", session.mesh().device().str(), threads,
                   threads == 1 ? "" : "s", world.local_size(), world.local_size() == 1 ? "" : "s"));
   const int64_t base = base_bytes(session.model()), local = session.store().num_local();
   const int64_t state = local * 4 * 4;  // masters, gradients, two moments, float32
-  say(fmt::format("memory a rank: frozen and trained weights {}, adapter with gradients and moments {}", human_bytes(base),
-                  human_bytes(state)));
+  say(fmt::format("memory a rank: frozen and trained weights {}, adapter with gradients and moments {}",
+                  human_bytes(base), human_bytes(state)));
 }
 
 std::string human_bytes(int64_t bytes) {

@@ -38,8 +38,9 @@ int run_export(const Arguments& a) {
   write_peft_folder(a.output, adapter);
   const bool patterns = !adapter.config.rank_pattern.empty() || !adapter.config.alpha_pattern.empty();
   fmt::print("{}: {} tensors. PEFT and transformers load it as it is; {}\n", a.output, adapter.tensors.size(),
-             patterns ? "consumers that know one rank for all modules (vLLM, S-LoRA) do not read its rank or alpha pattern."
-                      : "so do consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) up to their largest rank.");
+             patterns
+                 ? "consumers that know one rank for all modules (vLLM, S-LoRA) do not read its rank or alpha pattern."
+                 : "so do consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) up to their largest rank.");
   return 0;
 }
 
@@ -48,7 +49,8 @@ int run_import(const Arguments& a) {
   refuse_own_input(a);
   const AdapterFile adapter = read_adapter(a.input);
   write_file_atomically(a.output, adapter_h5_image(adapter));
-  fmt::print("{}: {} tensors, rank {}, alpha {}\n", a.output, adapter.tensors.size(), adapter.config.r, adapter.config.lora_alpha);
+  fmt::print("{}: {} tensors, rank {}, alpha {}\n", a.output, adapter.tensors.size(), adapter.config.r,
+             adapter.config.lora_alpha);
   return 0;
 }
 

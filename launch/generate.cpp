@@ -19,8 +19,9 @@ int run_generate(const Arguments& a, const World& world) {
   share_cores(world);
   RunConfig run = read_run(a.run_file, a.overrides);
   if (run.parallel.tensor != world.size()) {
-    throw ConfigError(fmt::format("generate: {} ranks, but parallel.tensor is {}. A prompt has one data-parallel group.",
-                                  world.size(), run.parallel.tensor));
+    throw ConfigError(
+        fmt::format("generate: {} ranks, but parallel.tensor is {}. A prompt has one data-parallel group.",
+                    world.size(), run.parallel.tensor));
   }
   run.model.max_positions = static_cast<int64_t>(a.prompt.size()) + a.options.max_new_tokens;
   Session session(run, world);

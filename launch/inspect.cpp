@@ -28,9 +28,10 @@ ordered_json describe(const at::Tensor& tensor) {
 
 ordered_json inspect_adapter(const std::string& path) {
   const AdapterFile adapter = read_adapter(path);
-  ordered_json result{{"kind", "adapter"},
-                      {"base_model", adapter.base_model},
-                      {"config", ordered_json::parse(peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model))}};
+  ordered_json result{
+      {"kind", "adapter"},
+      {"base_model", adapter.base_model},
+      {"config", ordered_json::parse(peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model))}};
   for (const auto& [name, tensor] : adapter.tensors) result["tensors"][name] = describe(tensor);
   return result;
 }
@@ -51,12 +52,8 @@ ordered_json inspect_tokens(const std::string& path) {
   const h5::Reader attributes(path);
   int64_t longest = 0;
   for (int64_t i = 0; i < file.size(); ++i) longest = std::max(longest, file.length(i));
-  ordered_json result{{"kind", "tokens"},
-                      {"samples", file.size()},
-                      {"tokens", file.num_tokens()},
-                      {"longest", longest},
-                      {"vocab_size", file.vocab_size()},
-                      {"sha256", file.fingerprint()}};
+  ordered_json result{{"kind", "tokens"},   {"samples", file.size()},          {"tokens", file.num_tokens()},
+                      {"longest", longest}, {"vocab_size", file.vocab_size()}, {"sha256", file.fingerprint()}};
   for (const char* name : {"tokenizer", "source", "created"}) {
     if (attributes.has_attribute(name)) result[name] = attributes.attribute_string(name);
   }

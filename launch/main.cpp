@@ -20,8 +20,8 @@ constexpr corank::Command kCommands[] = {
     {"import", "PEFT folder -> adapter.h5", corank::declare_import, false},
     {"inspect", "what is in a checkpoint, token file, adapter or model", corank::declare_inspect, false},
     {"validate", "every check that train makes before its first step", corank::declare_validate, false},
-    {"bench comm", "bytes of one step by purpose, predicted and counted, against full fine-tuning", corank::declare_bench_comm,
-     true},
+    {"bench comm", "bytes of one step by purpose, predicted and counted, against full fine-tuning",
+     corank::declare_bench_comm, true},
     {"bench step", "speed and memory of the training step", corank::declare_bench_step, true},
 };
 

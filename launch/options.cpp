@@ -1,6 +1,5 @@
-#include <csignal>
-
 #include <CLI/CLI.hpp>
+#include <csignal>
 
 #include "launch/commands.h"
 

@@ -21,7 +21,8 @@ void write_model_folder(const std::string& folder, const RunConfig& run, const A
   if (run.model.path.empty()) return;
   for (const auto& entry : fs::directory_iterator(run.model.path)) {
     const std::string name = entry.path().filename().string();
-    const bool weight = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") || name.ends_with(".bin");
+    const bool weight =
+        name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") || name.ends_with(".bin");
     if (!entry.is_regular_file() || weight || name == "config.json") continue;
     write_file_atomically(folder + "/" + name, read_file(entry.path().string()));
   }

@@ -11,8 +11,10 @@
 namespace corank {
 namespace {
 
-const std::vector<std::string> kAdapterKeys{"method",          "r",            "lora_alpha",    "lora_dropout",
-                                            "target_modules",  "use_rslora",   "rank_pattern",  "alpha_pattern",
+const std::vector<std::string> kAdapterKeys{"method",          "r",
+                                            "lora_alpha",      "lora_dropout",
+                                            "target_modules",  "use_rslora",
+                                            "rank_pattern",    "alpha_pattern",
                                             "exclude_modules", "init_lora_weights"};
 
 int64_t positive(const Section& section, const std::string& key, int64_t value) {
@@ -33,7 +35,8 @@ double within(const Section& section, const std::string& key, double value, doub
 void read_model(const Section& s, ModelOptions& m) {
   m.path = s.get<std::string>("path", "");
   m.shape = s.get<std::string>("shape", "");
-  if (m.path.empty() == m.shape.empty()) s.fail("path", "name a model folder (path) or a shape with random weights, one of both");
+  if (m.path.empty() == m.shape.empty())
+    s.fail("path", "name a model folder (path) or a shape with random weights, one of both");
   m.dtype = s.get_choice("dtype", "bfloat16", {"float32", "bfloat16"}) == "float32" ? at::kFloat : at::kBFloat16;
   m.quantization = s.get_choice("quantization", "none", format_names());
 }
@@ -88,7 +91,8 @@ void read_train(const Section& s, TrainConfig& t, ModelOptions& model) {
   t.seed = not_negative(s, "seed", s.get<int64_t>("seed", t.seed));
   model.checkpointing = checkpointing_of(s.get_choice("activation_checkpointing", "none", {"none", "mlp", "full"}));
   if (s.get<bool>("reproducible", false)) {
-    s.fail("reproducible", "bits that do not depend on the number of data-parallel ranks are not built yet; leave it out");
+    s.fail("reproducible",
+           "bits that do not depend on the number of data-parallel ranks are not built yet; leave it out");
   }
 }
 
@@ -111,18 +115,21 @@ std::string pattern(const ModulePattern& p) { return p.expression.empty() ? list
 
 std::string map(const std::vector<std::pair<std::string, double>>& entries) {
   std::string result;
-  for (const auto& [key, value] : entries) result += fmt::format("{}{}: {}", result.empty() ? "" : ", ", quoted(key), value);
+  for (const auto& [key, value] : entries)
+    result += fmt::format("{}{}: {}", result.empty() ? "" : ", ", quoted(key), value);
   return "{" + result + "}";
 }
 
 std::string model_yaml(const ModelOptions& m) {
-  return fmt::format("  dtype: {}\n  quantization: {}\n", m.dtype == at::kFloat ? "float32" : "bfloat16", m.quantization);
+  return fmt::format("  dtype: {}\n  quantization: {}\n", m.dtype == at::kFloat ? "float32" : "bfloat16",
+                     m.quantization);
 }
 
 std::string adapter_yaml(const AdapterConfig& a) {
   std::string text = fmt::format(
-      "adapter:\n  method: {}\n  r: {}\n  lora_alpha: {}\n  lora_dropout: {}\n  use_rslora: {}\n  target_modules: {}\n", a.method,
-      a.r, a.lora_alpha, a.lora_dropout, a.use_rslora, a.all_linear ? "all-linear" : pattern(a.target_modules));
+      "adapter:\n  method: {}\n  r: {}\n  lora_alpha: {}\n  lora_dropout: {}\n  use_rslora: {}\n  target_modules: {}\n",
+      a.method, a.r, a.lora_alpha, a.lora_dropout, a.use_rslora,
+      a.all_linear ? "all-linear" : pattern(a.target_modules));
   if (!a.exclude_modules.empty()) text += "  exclude_modules: " + pattern(a.exclude_modules) + "\n";
   text += fmt::format("  rank_pattern: {}\n  alpha_pattern: {}\n  init_lora_weights: {}\n", map(a.rank_pattern),
                       map(a.alpha_pattern), quoted(a.init_lora_weights));
@@ -194,7 +201,8 @@ LoaderOptions RunConfig::loader_options(int dp_rank, int dp_size) const {
 
 Schedule RunConfig::schedule(int64_t total_steps) const {
   int64_t warmup = train.warmup_steps.value_or(0);
-  if (train.warmup_ratio) warmup = static_cast<int64_t>(std::ceil(*train.warmup_ratio * static_cast<double>(total_steps)));
+  if (train.warmup_ratio)
+    warmup = static_cast<int64_t>(std::ceil(*train.warmup_ratio * static_cast<double>(total_steps)));
   return {train.lr_scheduler_type, train.learning_rate, warmup, total_steps};
 }
 
@@ -206,10 +214,11 @@ std::string RunConfig::yaml() const {
   const std::string place = model.path.empty() ? "shape: " + quoted(model.shape) : "path: " + quoted(model.path);
   std::string text = "model:\n  " + place + "\n" + model_yaml(model) + adapter_yaml(adapter);
   text += "data:\n" + data_files_yaml(data) + data_yaml(data) + train_yaml(train, model.checkpointing);
-  text += fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  shard_base: none\n", parallel.tensor, parallel.backend);
+  text +=
+      fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  shard_base: none\n", parallel.tensor, parallel.backend);
   if (!output_dir.empty()) text += "output_dir: " + quoted(output_dir) + "\n";
-  text += fmt::format("logging_steps: {}\neval_steps: {}\nsave_steps: {}\nsave_total_limit: {}\nresume: {}\n", logging_steps,
-                      eval_steps, save_steps, save_total_limit, quoted(resume));
+  text += fmt::format("logging_steps: {}\neval_steps: {}\nsave_steps: {}\nsave_total_limit: {}\nresume: {}\n",
+                      logging_steps, eval_steps, save_steps, save_total_limit, quoted(resume));
   return text;
 }
 

@@ -57,7 +57,8 @@ struct RunConfig {
   Schedule schedule(int64_t total_steps) const;
   /// The resolved run as YAML, every default written out; reading it gives this run again.
   std::string yaml() const;
-  /// The settings that decide the result: the run's part of its identity. Layout, places of files and logging are not in it.
+  /// The settings that decide the result: the run's part of its identity. Layout, places of files and logging are not
+  /// in it.
   std::string result_settings() const;
 };
 

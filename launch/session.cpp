@@ -54,7 +54,8 @@ int share_cores(const World& world) {
   sched_getaffinity(0, sizeof allowed, &allowed);
   const int cores = std::max(1, CPU_COUNT(&allowed));
   // mpirun may already have bound each rank to cores of its own; then all of them are this rank's.
-  const bool bound = world.local_size() > 1 && cores * world.local_size() <= static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  const bool bound =
+      world.local_size() > 1 && cores * world.local_size() <= static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
   const int threads = std::getenv("OMP_NUM_THREADS") ? at::get_num_threads()
                       : bound                        ? cores
                                                      : std::max(1, cores / world.local_size());

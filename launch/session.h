@@ -12,12 +12,12 @@
 
 namespace corank {
 
-/// The parts that every command with a model shares, built in order and destroyed in reverse: ledger, mesh, model, method,
-/// parameters.
+/// The parts that every command with a model shares, built in order and destroyed in reverse: ledger, mesh, model,
+/// method, parameters.
 class Session {
  public:
-  /// Collective over the world. Builds the mesh, loads this rank's shards, attaches the adapter and loads its weights from
-  /// adapter.path if the run names one. Throws before any training state exists.
+  /// Collective over the world. Builds the mesh, loads this rank's shards, attaches the adapter and loads its weights
+  /// from adapter.path if the run names one. Throws before any training state exists.
   Session(RunConfig run, const World& world);
 
   const RunConfig& run() const { return run_; }

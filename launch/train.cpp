@@ -36,7 +36,8 @@ int64_t total_steps(const RunConfig& run, const Loader& loader) {
 }
 
 void require_complete(const RunConfig& run) {
-  if (run.data.train.empty()) throw ConfigError(run.file + ": data.train: names no token file. Make one with data/prepare.");
+  if (run.data.train.empty())
+    throw ConfigError(run.file + ": data.train: names no token file. Make one with data/prepare.");
   if (run.output_dir.empty()) throw ConfigError(run.file + ": output_dir is missing.");
   if (!run.train.max_steps && !run.train.num_train_epochs) {
     throw ConfigError(run.file + ": train.max_steps or train.num_train_epochs is missing.");
@@ -57,9 +58,10 @@ TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Con
 void claim_output(const RunConfig& run, const RunIdentity& identity) {
   const std::string path = run.output_dir + "/run.yaml", mark = "# identity: " + identity.hash + "\n";
   if (fs::exists(path) && !read_file(path).starts_with(mark)) {
-    throw ConfigError(fmt::format("output_dir: {} holds another run (other settings or data; its settings are in run.yaml). Choose "
-                                  "another output_dir or remove it.",
-                                  run.output_dir));
+    throw ConfigError(
+        fmt::format("output_dir: {} holds another run (other settings or data; its settings are in run.yaml). Choose "
+                    "another output_dir or remove it.",
+                    run.output_dir));
   }
   make_folders(run.output_dir);
   write_file_atomically(path, mark + run.yaml());
@@ -96,8 +98,8 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
 
   const StepParts parts{mesh, session.model(), session.method(), session.store(), optimizer, reducer};
   Trainer trainer(parts, loader, eval_batches, checkpoints, session.ledger(), {&console, metrics.get()},
-                  {run.schedule(total), run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed), run.logging_steps,
-                   run.eval_steps, run.save_steps});
+                  {run.schedule(total), run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed),
+                   run.logging_steps, run.eval_steps, run.save_steps});
   const Ledger::Snapshot before = session.ledger().snapshot();
   Outcome outcome{trainer.run(start, stop_requested), total, {}};
   const int64_t steps = std::max<int64_t>(1, outcome.state.step - start.step);
@@ -120,7 +122,8 @@ int run_train(const CommandLine& line, const World& world) {
   const TokenFile data(run.data.train);
   const Outcome outcome = train(session, data, world, console, threads);
   if (outcome.state.step < outcome.total) {
-    console.say(fmt::format("stopped after step {} and saved: start the same command again to go on", outcome.state.step));
+    console.say(
+        fmt::format("stopped after step {} and saved: start the same command again to go on", outcome.state.step));
     return static_cast<int>(ExitCode::stopped);
   }
   console.say(closing_text(session, outcome.bytes_per_step));

@@ -26,9 +26,10 @@ int run_validate(const Arguments& a) {
                                       {"targets", inputs.targets.size()}}
                            .dump());
   } else {
-    fmt::print("{} is valid for {} rank{}: {} base parameters, {} adapted modules, {} training and {} evaluation samples\n",
-               a.run_file, ranks, ranks == 1 ? "" : "s", grouped(inputs.base_parameters), inputs.targets.size(),
-               grouped(inputs.train_samples), grouped(inputs.eval_samples));
+    fmt::print(
+        "{} is valid for {} rank{}: {} base parameters, {} adapted modules, {} training and {} evaluation samples\n",
+        a.run_file, ranks, ranks == 1 ? "" : "s", grouped(inputs.base_parameters), inputs.targets.size(),
+        grouped(inputs.train_samples), grouped(inputs.eval_samples));
   }
   return 0;
 }
@@ -38,7 +39,8 @@ int run_validate(const Arguments& a) {
 std::function<int(const World*)> declare_validate(CLI::App& app) {
   auto a = std::make_shared<Arguments>();
   add_run_options(app, *a);
-  app.add_option("--ranks", a->ranks, "number of ranks to check for (default: parallel.tensor)")->check(CLI::PositiveNumber);
+  app.add_option("--ranks", a->ranks, "number of ranks to check for (default: parallel.tensor)")
+      ->check(CLI::PositiveNumber);
   return [a](const World*) { return run_validate(*a); };
 }
 

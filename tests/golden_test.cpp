@@ -1,14 +1,15 @@
-#include <fstream>
-
-#include <nlohmann/json.hpp>
 #include <torch/csrc/autograd/autograd.h>
+
+#include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "data/file.h"
 #include "data/safetensors.h"
 #include "tests/support.h"
 #include "trainer/generation.h"
 
-// Against values that transformers and PEFT computed (tests/golden/make_golden.py), float32 on the CPU. Bounds: methods 13.
+// Against values that transformers and PEFT computed (tests/golden/make_golden.py), float32 on the CPU. Bounds:
+// methods 13.
 namespace corank::test {
 namespace {
 
@@ -26,7 +27,9 @@ class Golden {
   double number(const std::string& name) const { return value(name).item<double>(); }
   std::string path(const std::string& name) const { return folder_ + "/" + name; }
 
-  std::vector<int64_t> tokens(int64_t sample) const { return batch_["samples"][sample]["tokens"].get<std::vector<int64_t>>(); }
+  std::vector<int64_t> tokens(int64_t sample) const {
+    return batch_["samples"][sample]["tokens"].get<std::vector<int64_t>>();
+  }
 
   /// Samples as rows of one global batch, split as batch.json says.
   StepBatches batches() const {
@@ -193,7 +196,8 @@ TEST(TargetModules, MatchPeft) {
   for (const auto& setting : nlohmann::ordered_json::parse(read_file(golden("peft_targets.json")))) {
     const std::string title = setting["title"].get<std::string>();
     const auto& config = setting["config"];
-    if (config.contains("layers_to_transform") || config.contains("layers_pattern")) continue;  // no key of the run file
+    if (config.contains("layers_to_transform") || config.contains("layers_pattern"))
+      continue;  // no key of the run file
     if (config.contains("bias") || config.contains("use_dora") || config.contains("modules_to_save")) continue;
     if (!config.contains("target_modules") || config["target_modules"].is_null()) continue;
     SCOPED_TRACE(title);
@@ -201,7 +205,8 @@ TEST(TargetModules, MatchPeft) {
     text["peft_type"] = "LORA";
     const auto parse = [&] {
       AdapterConfig parsed = parse_peft_config(text.dump(), title);
-      if (parsed.target_modules.expression == "all-linear" || parsed.target_modules.expression == "ALL-LINEAR") parsed.all_linear = true;
+      if (parsed.target_modules.expression == "all-linear" || parsed.target_modules.expression == "ALL-LINEAR")
+        parsed.all_linear = true;
       return parsed;
     };
     if (!setting.contains("modules") || title == "the head") {  // the head takes no adapter here: refused, not ignored

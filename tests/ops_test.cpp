@@ -135,7 +135,8 @@ TEST(RmsNorm, ForwardAndGradients) {
 
 TEST(Rope, TurnsPairsAndBackwardTurnsBack) {
   const at::Tensor q = leaf({5, 3, 4}, "q"), k = leaf({5, 1, 4}, "k");
-  const at::Tensor angle = random({9, 2}, "angle"), positions = at::tensor({0, 3, 1, 8, 2}, at::TensorOptions(at::kLong));
+  const at::Tensor angle = random({9, 2}, "angle"),
+                   positions = at::tensor({0, 3, 1, 8, 2}, at::TensorOptions(at::kLong));
   const at::Tensor cos = angle.cos(), sin = angle.sin();
   const auto [turned, unused] = rope(q, k, cos, sin, positions);
   const auto x = q.detach(), y = turned.detach();

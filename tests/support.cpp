@@ -19,12 +19,13 @@ std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger) {
 
 double relative_error(const at::Tensor& a, const at::Tensor& b) {
   const at::Tensor x = a.to(at::kCPU, at::kDouble), y = b.to(at::kCPU, at::kDouble);
-  const double difference = at::linalg_vector_norm(x - y).item<double>(), size = at::linalg_vector_norm(y).item<double>();
+  const double difference = at::linalg_vector_norm(x - y).item<double>(),
+               size = at::linalg_vector_norm(y).item<double>();
   return difference == 0 ? 0 : difference / size;
 }
 
 TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
-         OptimizerOptions optimizer_options, uint64_t run_seed)
+                         OptimizerOptions optimizer_options, uint64_t run_seed)
     : mesh(ranks_of(world, ledger), tensor), seed(run_seed) {
   options.device = mesh.device();
   model = load_model(options, mesh.tp());

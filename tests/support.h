@@ -24,8 +24,8 @@ double relative_error(const at::Tensor& a, const at::Tensor& b);
 
 /// Everything between a model and a step, over the ranks of `world` (null: this process alone).
 struct TrainingRun {
-  TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter, OptimizerOptions optimizer = {},
-      uint64_t seed = 42);
+  TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
+              OptimizerOptions optimizer = {}, uint64_t seed = 42);
 
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
 

@@ -126,7 +126,8 @@ TEST_P(Topology, BytesPredictedEqualBytesCounted) {
 INSTANTIATE_TEST_SUITE_P(Settings, Topology,
                          testing::Values(Setting{.name = "lora"}, Setting{.name = "dropout", .dropout = 0.2},
                                          Setting{.name = "unpacked", .packing = false},
-                                         Setting{.name = "recompute", .dropout = 0.1, .checkpointing = Checkpointing::full},
+                                         Setting{
+                                             .name = "recompute", .dropout = 0.1, .checkpointing = Checkpointing::full},
                                          Setting{.name = "recompute_mlp", .checkpointing = Checkpointing::mlp},
                                          Setting{.name = "full", .method = "full"}),
                          [](const auto& param) { return param.param.name; });

@@ -65,9 +65,10 @@ void require_equal(Communicator& world, const std::string& text, const std::stri
   world.all_reduce(value, ReduceOp::max, Purpose::startup);
   const int64_t rank = value.item<int64_t>();
   if (rank >= 0) {
-    throw DisagreeError(fmt::format("{} is not the same on all ranks: rank {} differs from rank 0. Start every rank with the "
-                                    "same run file, overrides and inputs.",
-                                    what, rank));
+    throw DisagreeError(
+        fmt::format("{} is not the same on all ranks: rank {} differs from rank 0. Start every rank with the "
+                    "same run file, overrides and inputs.",
+                    what, rank));
   }
 }
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <filesystem>
-
 #include <nlohmann/json.hpp>
 
 #include "data/file.h"
@@ -58,8 +57,8 @@ json describe(const std::string& bytes) { return {{"bytes", bytes.size()}, {"sha
 
 }  // namespace
 
-Checkpoints::Checkpoints(std::string folder, RunIdentity identity, int64_t keep, const Mesh& mesh, ParameterStore& store,
-                         Optimizer& optimizer)
+Checkpoints::Checkpoints(std::string folder, RunIdentity identity, int64_t keep, const Mesh& mesh,
+                         ParameterStore& store, Optimizer& optimizer)
     : folder_(std::move(folder)),
       identity_(std::move(identity)),
       keep_(keep),
@@ -82,8 +81,8 @@ void Checkpoints::save(const TrainingState& state) {
       write_file_atomically(path + "/" + kFiles[i], images[i]);
       files[kFiles[i]] = describe(images[i]);
     }
-    const json manifest{{"format", "corank-checkpoint"}, {"version", 1},          {"step", state.step},
-                        {"identity", identity_.hash},    {"files", files},        {"base_model", identity_.base_model},
+    const json manifest{{"format", "corank-checkpoint"},  {"version", 1},   {"step", state.step},
+                        {"identity", identity_.hash},     {"files", files}, {"base_model", identity_.base_model},
                         {"libraries", library_versions()}};
     write_file_atomically(path + "/manifest.json", manifest.dump(2) + "\n");
     sync_folder(folder_);
@@ -102,9 +101,10 @@ std::optional<std::string> Checkpoints::newest() {
       const auto manifest = verify_checkpoint(path_of(folder_, step), why);
       if (!manifest) continue;
       if (manifest->identity != identity_.hash) {
-        throw ConfigError(fmt::format("output_dir: {} belongs to another run (its checkpoints were made with other settings or "
-                                      "data). Choose another output_dir, or resume: never after moving it away.",
-                                      folder_));
+        throw ConfigError(
+            fmt::format("output_dir: {} belongs to another run (its checkpoints were made with other settings or "
+                        "data). Choose another output_dir, or resume: never after moving it away.",
+                        folder_));
       }
       found = path_of(folder_, step);
       return;

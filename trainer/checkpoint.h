@@ -9,7 +9,8 @@
 
 namespace corank {
 
-/// Everything of a run that is neither an adapter tensor nor a moment. Random streams are counter-based and have no state.
+/// Everything of a run that is neither an adapter tensor nor a moment. Random streams are counter-based and have no
+/// state.
 struct TrainingState {
   int64_t step = 0;  ///< optimizer steps done
   LoaderState loader;
@@ -17,14 +18,14 @@ struct TrainingState {
 
 /// What a checkpoint belongs to: checkpoints of another identity are never resumed.
 struct RunIdentity {
-  std::string hash;        ///< of everything that decides the result, layout excluded
+  std::string hash;  ///< of everything that decides the result, layout excluded
   AdapterConfig adapter;
   std::string base_model;
 };
 
-/// checkpoint-<step>/ with adapter.h5 (full tensors under PEFT's names), state.h5 (moments, position) and manifest.json,
-/// written last: without a valid manifest a folder is not a checkpoint. Any number of ranks and any tensor-parallel size can
-/// load it. All file writing is data/file.h's.
+/// checkpoint-<step>/ with adapter.h5 (full tensors under PEFT's names), state.h5 (moments, position) and
+/// manifest.json, written last: without a valid manifest a folder is not a checkpoint. Any number of ranks and any
+/// tensor-parallel size can load it. All file writing is data/file.h's.
 class Checkpoints {
  public:
   /// `folder` is output_dir. Borrows mesh and store.
@@ -34,14 +35,13 @@ class Checkpoints {
   /// Collective over the world; rank 0 writes and reads back. Afterwards the oldest beyond `keep` are removed. Throws
   /// StorageError on every rank if rank 0 could not write.
   void save(const TrainingState& state);
-  /// Collective over the world. The newest checkpoint of output_dir whose manifest and hashes verify, agreed by all ranks.
-  /// ConfigError if it belongs to another run.
+  /// Collective over the world. The newest checkpoint of output_dir whose manifest and hashes verify, agreed by all
+  /// ranks. ConfigError if it belongs to another run.
   std::optional<std::string> newest();
   /// Collective over the world. Loads parameters and moments from the folder. InputError or ConfigError (another run).
   TrainingState load(const std::string& path);
 
  private:
-
   std::string folder_;
   RunIdentity identity_;
   int64_t keep_;
@@ -50,7 +50,8 @@ class Checkpoints {
   Optimizer& optimizer_;
 };
 
-/// What manifest.json says, after its files' sizes and hashes were verified. nullopt (with the reason in `why`) otherwise.
+/// What manifest.json says, after its files' sizes and hashes were verified. nullopt (with the reason in `why`)
+/// otherwise.
 struct Manifest {
   int64_t step = 0;
   std::string identity;

@@ -1,11 +1,10 @@
 #include "trainer/device.h"
 
+#include <fmt/format.h>
 #include <hdf5.h>
 #include <mpi.h>
 #include <sys/resource.h>
 #include <torch/headeronly/version.h>
-
-#include <fmt/format.h>
 
 #include "trainer/ops/cuda.h"
 

@@ -68,7 +68,8 @@ std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& pr
     const at::Tensor h_ND = model.forward({batch, attention, tp});
     const at::Tensor last_1D = h_ND.narrow(0, h_ND.size(0) - 1, 1);
     const at::Tensor logits_V = ops::full_logits(last_1D, model.head(), tp)[0].to(at::kCPU);
-    const int64_t token = options.temperature > 0 ? sample(logits_V, options, position) : logits_V.argmax().item<int64_t>();
+    const int64_t token =
+        options.temperature > 0 ? sample(logits_V, options, position) : logits_V.argmax().item<int64_t>();
     result.push_back(token);
     if (std::find(options.stop_tokens.begin(), options.stop_tokens.end(), token) != options.stop_tokens.end()) break;
     pending = {token};

@@ -1,7 +1,6 @@
 #include "trainer/metrics.h"
 
 #include <fstream>
-
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"

@@ -18,7 +18,7 @@ struct StepRecord {
   double tokens_per_second = 0;  ///< all tokens of the global batch, targets or not
   double step_seconds = 0;
   int64_t peak_memory_bytes = 0;
-  Ledger::Snapshot bytes{};      ///< of this step, this rank
+  Ledger::Snapshot bytes{};  ///< of this step, this rank
   std::optional<double> eval_loss;
 };
 
@@ -30,8 +30,8 @@ class Observer {
   virtual void on_message(const std::string& /*text*/) {}
 };
 
-/// Appends one JSON object a logged step to `path`. Records of steps after `resume_step` are dropped first: a resumed run
-/// writes them again.
+/// Appends one JSON object a logged step to `path`. Records of steps after `resume_step` are dropped first: a resumed
+/// run writes them again.
 std::unique_ptr<Observer> metrics_file(const std::string& path, int64_t resume_step);
 /// The JSON object of one record.
 std::string to_json(const StepRecord& record);

@@ -29,7 +29,9 @@ void Optimizer::step(double learning_rate, int64_t step) {
 }
 
 at::Tensor gradient_norm(const ParameterStore& store, Communicator& tp) {
-  const auto square = [](const at::Tensor& flat) { return at::linalg_vector_norm(flat, 2, {}, false, at::kDouble).square_(); };
+  const auto square = [](const at::Tensor& flat) {
+    return at::linalg_vector_norm(flat, 2, {}, false, at::kDouble).square_();
+  };
   at::Tensor replicated = at::zeros({}, store.gradients().options().dtype(at::kDouble));
   at::Tensor sharded = replicated.clone();
   // Neighbours of one kind are one norm: two host calls instead of one a tensor.

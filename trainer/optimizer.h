@@ -38,8 +38,8 @@ class Optimizer {
   at::Tensor exp_avg_, exp_avg_sq_;
 };
 
-/// Collective over tp (purpose gradient_norm). Euclidean norm of the whole gradient over all trainable parameters, a float64
-/// scalar on the device, equal on all ranks: replicated tensors once, shards summed over tp.
+/// Collective over tp (purpose gradient_norm). Euclidean norm of the whole gradient over all trainable parameters, a
+/// float64 scalar on the device, equal on all ranks: replicated tensors once, shards summed over tp.
 at::Tensor gradient_norm(const ParameterStore& store, Communicator& tp);
 
 }  // namespace corank

@@ -117,9 +117,10 @@ void ParameterStore::refresh() {
 void ParameterStore::load(const std::string& name, const at::Tensor& full) {
   const Parameter& p = at(name);
   if (full.sizes() != at::IntArrayRef(p.spec.shape)) {
-    throw InputError(fmt::format("tensor {}: the file has shape [{}], the run needs [{}]. Load it with the rank, targets "
-                                 "and base model it was trained with.",
-                                 name, fmt::join(full.sizes(), ", "), fmt::join(p.spec.shape, ", ")));
+    throw InputError(
+        fmt::format("tensor {}: the file has shape [{}], the run needs [{}]. Load it with the rank, targets "
+                    "and base model it was trained with.",
+                    name, fmt::join(full.sizes(), ", "), fmt::join(p.spec.shape, ", ")));
   }
   p.master.copy_(take_shard(full, p.spec.shard));
 }

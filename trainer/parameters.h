@@ -12,8 +12,8 @@
 
 namespace corank {
 
-/// This rank's block of a tensor split over tensor-parallel ranks: indices [start, start + block) of `dim`; dim -1 = whole.
-/// All ranks have equal blocks; the last may reach beyond the full tensor (padding, zeros).
+/// This rank's block of a tensor split over tensor-parallel ranks: indices [start, start + block) of `dim`; dim -1 =
+/// whole. All ranks have equal blocks; the last may reach beyond the full tensor (padding, zeros).
 struct Shard {
   int dim = -1;
   int64_t start = 0;
@@ -44,14 +44,15 @@ struct ParameterSpec {
   std::vector<int64_t> shape;  ///< full
   Shard shard;
   GradientScope scope = GradientScope::data;
-  bool decays = true;          ///< weight decay applies
-  double lr_scale = 1;         ///< times the run's learning rate
+  bool decays = true;                                       ///< weight decay applies
+  double lr_scale = 1;                                      ///< times the run's learning rate
   std::function<void(const at::Tensor& local)> initialise;  ///< fills this rank's block (master dtype)
   std::function<void(const ops::Weight& weight)> bind;      ///< hands the allocated tensors to their user
 };
 
 /// Everything that trains, in one flat buffer: masters (float32), gradients, and copies in the compute dtype where it
-/// differs. Order: scope everywhere first, then data, each in order of add(); so the gradients of one scope are one tensor.
+/// differs. Order: scope everywhere first, then data, each in order of add(); so the gradients of one scope are one
+/// tensor.
 ///
 ///   store.add(spec) ...; store.allocate(...);   // initialises and binds
 ///   forward, backward                            // gradients add up in gradients()
@@ -63,7 +64,7 @@ class ParameterStore {
     at::Tensor master;    ///< view into masters(), without requires_grad
     at::Tensor gradient;  ///< view into gradients()
     ops::Weight weight;
-    int64_t begin = 0;    ///< element offset in the flat buffers
+    int64_t begin = 0;  ///< element offset in the flat buffers
   };
 
   /// InternalError if the name exists or allocate() was called.
@@ -84,7 +85,8 @@ class ParameterStore {
   void refresh();
   /// Overwrites the block of a parameter with its part of a full tensor. InputError if the shape differs.
   void load(const std::string& name, const at::Tensor& full);
-  /// Collective over tp. Full tensors of all parameters by name, on the CPU, from a flat buffer laid out like masters().
+  /// Collective over tp. Full tensors of all parameters by name, on the CPU, from a flat buffer laid out like
+  /// masters().
   std::vector<std::pair<std::string, at::Tensor>> gather(const at::Tensor& flat, Communicator& tp) const;
 
  private:

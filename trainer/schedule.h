@@ -4,7 +4,8 @@
 
 namespace corank {
 
-/// Learning-rate schedule with Hugging Face's formulas (transformers.optimization, get_{constant_with_warmup,linear,cosine}_schedule).
+/// Learning-rate schedule with Hugging Face's formulas (transformers.optimization,
+/// get_{constant_with_warmup,linear,cosine}_schedule).
 struct Schedule {
   std::string type = "cosine";  ///< constant, linear, cosine
   double learning_rate = 2e-4;

@@ -51,9 +51,10 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   const at::Tensor read = at::stack({loss, norm}).to(at::kCPU);  // the step's one wait for the device
   const StepStats stats{read[0].item<double>(), read[1].item<double>(), global.targets, global.tokens};
   if (!std::isfinite(stats.loss) || !std::isfinite(stats.grad_norm)) {
-    throw InputError(fmt::format("step {}: loss {} and gradient norm {} are not both finite; nothing was changed. Lower "
-                                 "train.learning_rate or look at the data of this step.",
-                                 step, stats.loss, stats.grad_norm));
+    throw InputError(
+        fmt::format("step {}: loss {} and gradient norm {} are not both finite; nothing was changed. Lower "
+                    "train.learning_rate or look at the data of this step.",
+                    step, stats.loss, stats.grad_norm));
   }
   // torch.nn.utils.clip_grad_norm_'s factor
   const double clip = options.max_grad_norm / (stats.grad_norm + 1e-6);

@@ -24,15 +24,15 @@ struct StepOptions {
 };
 
 struct StepStats {
-  double loss = 0;       ///< sum of token losses of the global batch / its target tokens
-  double grad_norm = 0;  ///< before clipping
+  double loss = 0;            ///< sum of token losses of the global batch / its target tokens
+  double grad_norm = 0;       ///< before clipping
   int64_t target_tokens = 0;  ///< of the global batch
   int64_t tokens = 0;         ///< of the global batch
 };
 
-/// Collective over the world. One optimizer step `step` (from 1) on one global batch; the same result for any split into
-/// micro-batches and ranks, up to rounding. Throws InputError on every rank if loss or gradient is not finite, before any
-/// parameter changed.
+/// Collective over the world. One optimizer step `step` (from 1) on one global batch; the same result for any split
+/// into micro-batches and ranks, up to rounding. Throws InputError on every rank if loss or gradient is not finite,
+/// before any parameter changed.
 StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options);
 
 /// Collective over the world. Mean loss over the targets of `batches`, without gradients.

@@ -20,7 +20,8 @@ GradientSizes full_gradients(const TrafficShape& shape, int tensor) {
     sizes.data += linear.in * linear.out / tensor;
     if (linear.bias) (linear.row ? sizes.everywhere : sizes.data) += linear.row ? linear.out : linear.out / tensor;
   }
-  sizes.data += shape.vocabulary_matrices * ((shape.vocab + tensor - 1) / tensor) * shape.hidden + shape.other_replicated;
+  sizes.data +=
+      shape.vocabulary_matrices * ((shape.vocab + tensor - 1) / tensor) * shape.hidden + shape.other_replicated;
   return sizes;
 }
 
@@ -48,9 +49,9 @@ GradientSizes lora_gradients(const TrafficShape& shape, const AdapterConfig& ada
 int64_t sums_per_token(const TrafficShape& shape, const AdapterConfig& adapter, Checkpointing checkpointing) {
   const bool full = adapter.method == "full";
   const auto trained = trained_linears(shape, adapter, full);
-  int64_t sums = 1;         // the embedding
-  bool needs_grad = full;   // of the block's input: something below it trains, or is run again
-  std::string block;        // ...self_attn or ...mlp
+  int64_t sums = 1;        // the embedding
+  bool needs_grad = full;  // of the block's input: something below it trains, or is run again
+  std::string block;       // ...self_attn or ...mlp
   bool block_trains = false;
   for (const auto& linear : shape.linears) {
     const std::string current = linear.name.substr(0, linear.name.rfind('.'));
@@ -62,7 +63,8 @@ int64_t sums_per_token(const TrafficShape& shape, const AdapterConfig& adapter, 
     }
     block_trains = block_trains || trained.count(linear.name);
     if (!linear.row) continue;
-    const bool again = checkpointing == Checkpointing::full || (checkpointing == Checkpointing::mlp && block.ends_with("mlp"));
+    const bool again =
+        checkpointing == Checkpointing::full || (checkpointing == Checkpointing::mlp && block.ends_with("mlp"));
     sums += again ? 2 : 1;  // out of the row-parallel linear, forward
     if (again && block.ends_with("mlp")) needs_grad = true;
   }
@@ -88,8 +90,8 @@ TrafficShape traffic_shape(Model& model) {
   return shape;
 }
 
-std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
-                                              int activation_bytes, Checkpointing checkpointing,
+std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
+                                              int data, int activation_bytes, Checkpointing checkpointing,
                                               const std::vector<BatchSize>& micro_batches) {
   const bool full = adapter.method == "full";
   const GradientSizes sizes = full ? full_gradients(shape, tensor) : lora_gradients(shape, adapter, tensor);
@@ -100,7 +102,7 @@ std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const A
   const Purpose gradients = full ? Purpose::weight_gradients : Purpose::adapter_gradients;
   if (data * tensor > 1) add(gradients, kMasterBytes * sizes.everywhere);
   if (data > 1) add(gradients, kMasterBytes * sizes.data);
-  if (data > 1) add(Purpose::data_control, 16 + 8);  // counts of targets and tokens, loss
+  if (data > 1) add(Purpose::data_control, 16 + 8);      // counts of targets and tokens, loss
   if (data * tensor > 1) add(Purpose::data_control, 8);  // request to stop
   if (tensor == 1) return bytes;
   add(Purpose::gradient_norm, 8);

@@ -29,12 +29,12 @@ struct BatchSize {
   int64_t tokens = 0, targets = 0;
 };
 
-/// Bytes that one rank hands to collectives in one optimizer step, by purpose, from formulas alone (methods 11.1; README,
-/// "Bytes"): never from counters. e = bytes of an activation. tensor_activations of a micro-batch of N tokens: N D e for the
-/// embedding, 2 N D e a layer forward, as much backward (less one where nothing below the first layer trains), what
-/// recomputation repeats, and M D e for the loss.
-std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
-                                              int activation_bytes, Checkpointing checkpointing,
+/// Bytes that one rank hands to collectives in one optimizer step, by purpose, from formulas alone (methods 11.1;
+/// README, "Bytes"): never from counters. e = bytes of an activation. tensor_activations of a micro-batch of N tokens:
+/// N D e for the embedding, 2 N D e a layer forward, as much backward (less one where nothing below the first layer
+/// trains), what recomputation repeats, and M D e for the loss.
+std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
+                                              int data, int activation_bytes, Checkpointing checkpointing,
                                               const std::vector<BatchSize>& micro_batches);
 
 }  // namespace corank

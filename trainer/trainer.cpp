@@ -38,8 +38,7 @@ StepRecord Trainer::take_step(int64_t step) {
   const auto start = std::chrono::steady_clock::now();
   const StepBatches batches = loader_.next();
   const double rate = lr_at(options_.schedule, step);
-  const StepStats stats =
-      train_step(parts_, batches, step, {rate, options_.max_grad_norm, options_.seed});
+  const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, options_.seed});
   StepRecord record;
   record.step = step;
   record.max_steps = options_.schedule.total_steps;

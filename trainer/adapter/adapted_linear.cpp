@@ -5,8 +5,7 @@
 
 namespace corank {
 
-AdaptedLinear::AdaptedLinear(LinearSite site, std::unique_ptr<FrozenWeight> weight, at::Tensor bias_O,
-                             bool adds_bias)
+AdaptedLinear::AdaptedLinear(LinearSite site, std::unique_ptr<FrozenWeight> weight, at::Tensor bias_O, bool adds_bias)
     : site_(std::move(site)), weight_(std::move(weight)), adds_bias_(adds_bias) {
   bias_O_.value = std::move(bias_O);
 }

@@ -15,7 +15,7 @@ enum class Split {
 
 /// What an adapter needs to know of the linear it sits on.
 struct LinearSite {
-  std::string name;  ///< module path, e.g. model.layers.0.self_attn.q_proj
+  std::string name;         ///< module path, e.g. model.layers.0.self_attn.q_proj
   int64_t in = 0, out = 0;  ///< full sizes
   Split split = Split::column;
   Shard in_shard, out_shard;  ///< this rank's block of the input and output features, as dim 0 of a vector

@@ -6,9 +6,8 @@
 #include <cmath>
 #include <filesystem>
 #include <map>
-#include <set>
-
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "data/file.h"
 #include "data/h5.h"
@@ -47,11 +46,19 @@ json number(double value) {
 
 /// Fields of adapter_config.json that change the forward pass and must have the given value to be loadable.
 const std::vector<std::pair<const char*, json>>& required_fields() {
-  static const std::vector<std::pair<const char*, json>> fields{
-      {"use_dora", false},       {"bias", "none"},           {"fan_in_fan_out", false}, {"lora_bias", false},
-      {"modules_to_save", nullptr}, {"layer_replication", nullptr}, {"layers_to_transform", nullptr},
-      {"layers_pattern", nullptr}, {"trainable_token_indices", nullptr}, {"target_parameters", nullptr},
-      {"use_qalora", false},     {"alora_invocation_tokens", nullptr}, {"use_bdlora", nullptr}};
+  static const std::vector<std::pair<const char*, json>> fields{{"use_dora", false},
+                                                                {"bias", "none"},
+                                                                {"fan_in_fan_out", false},
+                                                                {"lora_bias", false},
+                                                                {"modules_to_save", nullptr},
+                                                                {"layer_replication", nullptr},
+                                                                {"layers_to_transform", nullptr},
+                                                                {"layers_pattern", nullptr},
+                                                                {"trainable_token_indices", nullptr},
+                                                                {"target_parameters", nullptr},
+                                                                {"use_qalora", false},
+                                                                {"alora_invocation_tokens", nullptr},
+                                                                {"use_bdlora", nullptr}};
   return fields;
 }
 
@@ -88,7 +95,8 @@ AdapterFile read_peft_folder(const std::string& folder) {
                            ? json::parse(text)["base_model_name_or_path"].get<std::string>()
                            : "";
   const SafetensorsFile file(folder + "/adapter_model.safetensors");
-  for (const auto& entry : file.tensors()) adapter.tensors.emplace_back(canonical_name(entry.first), file.read(entry.first));
+  for (const auto& entry : file.tensors())
+    adapter.tensors.emplace_back(canonical_name(entry.first), file.read(entry.first));
   return adapter;
 }
 
@@ -98,12 +106,14 @@ AdapterFile read_h5(const std::string& path) {
     throw InputError(path + ": not an adapter file of corank (attribute format is missing or another).");
   }
   if (file.attribute_string("method") == "full") {
-    throw InputError(path + ": holds the weights of a full fine-tuning, not an adapter. Use the run's model folder instead.");
+    throw InputError(path +
+                     ": holds the weights of a full fine-tuning, not an adapter. Use the run's model folder instead.");
   }
   AdapterFile adapter;
   adapter.config = parse_peft_config(file.attribute_string("adapter_config"), path);
   adapter.base_model = file.attribute_string("base_model");
-  for (const std::string& name : file.names()) adapter.tensors.emplace_back(name.substr(name.find_first_not_of('/')), file.read(name));
+  for (const std::string& name : file.names())
+    adapter.tensors.emplace_back(name.substr(name.find_first_not_of('/')), file.read(name));
   return adapter;
 }
 
@@ -157,16 +167,19 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   }
   for (const auto& [key, value] : required_fields()) {
     if (config.contains(key) && !config[key].is_null() && json(config[key]) != value) {
-      fail(fmt::format("{} is {}; it changes the result and only {} is supported", key, config[key].dump(), value.dump()));
+      fail(fmt::format("{} is {}; it changes the result and only {} is supported", key, config[key].dump(),
+                       value.dump()));
     }
   }
   const auto task = config.value("task_type", ordered_json());
-  if (!task.is_null() && task != "CAUSAL_LM") fail(fmt::format("task_type is {}, only CAUSAL_LM is supported", task.dump()));
+  if (!task.is_null() && task != "CAUSAL_LM")
+    fail(fmt::format("task_type is {}, only CAUSAL_LM is supported", task.dump()));
   // On load these need nothing but the tensors; pissa, olora, loftq and the like would change the base model.
   const auto init = config.value("init_lora_weights", ordered_json(true));
   if (!init.is_boolean() && init != "gaussian" && init != "orthogonal" && init != "eva") {
-    fail(fmt::format("init_lora_weights is {}, which changes the base model on load; convert the adapter to plain LoRA first",
-                     init.dump()));
+    fail(fmt::format(
+        "init_lora_weights is {}, which changes the base model on load; convert the adapter to plain LoRA first",
+        init.dump()));
   }
   AdapterConfig c;
   try {
@@ -192,9 +205,10 @@ AdapterFile read_adapter(const std::string& path) {
   if (fs::exists(fs::path(path) / "adapter_config.json")) return read_peft_folder(path);
   if (fs::exists(fs::path(path) / "adapter.h5")) return read_h5(path + "/adapter.h5");
   if (fs::is_regular_file(path)) return read_h5(path);
-  throw MissingError(fmt::format("{}: no adapter here. Name a PEFT folder (adapter_config.json), a checkpoint folder or an "
-                                 "adapter.h5 file.",
-                                 path));
+  throw MissingError(
+      fmt::format("{}: no adapter here. Name a PEFT folder (adapter_config.json), a checkpoint folder or an "
+                  "adapter.h5 file.",
+                  path));
 }
 
 void load_tensors(const AdapterFile& adapter, ParameterStore& store) {
@@ -202,16 +216,18 @@ void load_tensors(const AdapterFile& adapter, ParameterStore& store) {
   for (const auto& p : store.parameters()) expected.insert(p.spec.name);
   for (const auto& [name, tensor] : adapter.tensors) {
     if (!expected.erase(name)) {
-      throw InputError(fmt::format("the adapter holds tensor {}, which the run has no place for. Its targets or its base model "
-                                   "are not the run's.",
-                                   name));
+      throw InputError(
+          fmt::format("the adapter holds tensor {}, which the run has no place for. Its targets or its base model "
+                      "are not the run's.",
+                      name));
     }
     store.load(name, tensor);
   }
   if (!expected.empty()) {
-    throw InputError(fmt::format("the adapter lacks {} tensors of the run, the first is {}. Its targets or its base model are "
-                                 "not the run's.",
-                                 expected.size(), *expected.begin()));
+    throw InputError(
+        fmt::format("the adapter lacks {} tensors of the run, the first is {}. Its targets or its base model are "
+                    "not the run's.",
+                    expected.size(), *expected.begin()));
   }
   store.refresh();
 }
@@ -230,7 +246,9 @@ std::vector<std::string> adapted_modules(const AdapterFile& adapter) {
 
 void write_peft_folder(const std::string& folder, const AdapterFile& adapter) {
   make_folders(folder);
-  write_file_atomically(folder + "/adapter_model.safetensors", safetensors_image(adapter.tensors));
+  auto tensors = adapter.tensors;
+  std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  write_file_atomically(folder + "/adapter_model.safetensors", safetensors_image(tensors));
   write_file_atomically(folder + "/README.md", model_card(adapter));
   write_file_atomically(folder + "/adapter_config.json",
                         peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model));
@@ -249,23 +267,27 @@ std::string adapter_h5_image(const AdapterFile& adapter) {
   return file.finish();
 }
 
-AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::string>& written, const AdapterConfig& file,
-                              const std::vector<std::string>& linears) {
-  const auto is_written = [&](const char* key) { return std::find(written.begin(), written.end(), key) != written.end(); };
+AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::string>& written,
+                              const AdapterConfig& file, const std::vector<std::string>& linears) {
+  const auto is_written = [&](const char* key) {
+    return std::find(written.begin(), written.end(), key) != written.end();
+  };
   const auto compare = [&](const char* key, const auto& ours, const auto& theirs) {
     if (is_written(key) && ours != theirs) {
-      throw ConfigError(fmt::format("adapter.{}: the run file says {}, {} says {}. Leave it out of the run file to take the "
-                                    "adapter's.",
-                                    key, ours, run.path, theirs));
+      throw ConfigError(
+          fmt::format("adapter.{}: the run file says {}, {} says {}. Leave it out of the run file to take the "
+                      "adapter's.",
+                      key, ours, run.path, theirs));
     }
   };
   const std::vector<std::string> modules = select_targets(file, linears);
   compare("method", run.method, file.method);
   compare("use_rslora", run.use_rslora, file.use_rslora);
   if (is_written("target_modules") && select_targets(run, linears) != modules) {
-    throw ConfigError(fmt::format("adapter.target_modules: the run file's targets are not those of {} ([{}]). Leave it out of "
-                                  "the run file to take the adapter's.",
-                                  run.path, fmt::join(modules, ", ")));
+    throw ConfigError(
+        fmt::format("adapter.target_modules: the run file's targets are not those of {} ([{}]). Leave it out of "
+                    "the run file to take the adapter's.",
+                    run.path, fmt::join(modules, ", ")));
   }
   for (const std::string& module : modules) {
     if (is_written("r") || is_written("rank_pattern")) compare("r", run.rank_of(module), file.rank_of(module));

@@ -17,8 +17,8 @@ struct AdapterFile {
   std::vector<std::pair<std::string, at::Tensor>> tensors;
 };
 
-/// adapter_config.json as PEFT reads it (methods 3.3), from a config and the modules it adapted: patterns are written as full
-/// module names, so that PEFT's sorting of keys cannot change which one matches first.
+/// adapter_config.json as PEFT reads it (methods 3.3), from a config and the modules it adapted: patterns are written
+/// as full module names, so that PEFT's sorting of keys cannot change which one matches first.
 std::string peft_config_json(const AdapterConfig& config, const std::vector<std::string>& modules,
                              const std::string& base_model);
 /// The way back. InputError for fields that change the result and are not supported.
@@ -31,16 +31,16 @@ void write_peft_folder(const std::string& folder, const AdapterFile& adapter);
 /// The image of adapter.h5.
 std::string adapter_h5_image(const AdapterFile& adapter);
 
-/// Overwrites every parameter of the store with the file's tensor of its name. InputError naming what is missing in the file or
-/// unknown to the run.
+/// Overwrites every parameter of the store with the file's tensor of its name. InputError naming what is missing in the
+/// file or unknown to the run.
 void load_tensors(const AdapterFile& adapter, ParameterStore& store);
 
 /// Modules that the tensor names belong to, in order of appearance.
 std::vector<std::string> adapted_modules(const AdapterFile& adapter);
 
-/// The config of a run that starts from `file`: keys that the run file leaves out come from the file; keys in both must mean
-/// the same, else ConfigError naming both. `written` holds the keys of the run's adapter section.
-AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::string>& written, const AdapterConfig& file,
-                              const std::vector<std::string>& linears);
+/// The config of a run that starts from `file`: keys that the run file leaves out come from the file; keys in both must
+/// mean the same, else ConfigError naming both. `written` holds the keys of the run's adapter section.
+AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::string>& written,
+                              const AdapterConfig& file, const std::vector<std::string>& linears);
 
 }  // namespace corank

@@ -22,7 +22,8 @@ bool full_match(const std::string& expression, const std::string& text) {
 }
 
 /// PEFT's rule for rank_pattern and alpha_pattern: (.*\.)?(KEY)$ from the start of the name, first match in file order.
-std::optional<double> first_match(const std::vector<std::pair<std::string, double>>& patterns, const std::string& module) {
+std::optional<double> first_match(const std::vector<std::pair<std::string, double>>& patterns,
+                                  const std::string& module) {
   for (const auto& [key, value] : patterns) {
     if (full_match("(.*\\.)?(" + key + ")", module)) return value;
   }
@@ -40,9 +41,10 @@ void require_only_linears(const AdapterConfig& config) {
   for (const char* other : {"lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm",
                             "model.layers.0.post_attention_layernorm"}) {
     if (!config.target_modules.matches(other) || config.exclude_modules.matches(other)) continue;
-    throw ConfigError(fmt::format("adapter.target_modules: matches {}, which cannot take an adapter. Name linears of the blocks "
-                                  "only (q_proj ... down_proj).",
-                                  other));
+    throw ConfigError(
+        fmt::format("adapter.target_modules: matches {}, which cannot take an adapter. Name linears of the blocks "
+                    "only (q_proj ... down_proj).",
+                    other));
   }
 }
 
@@ -108,9 +110,11 @@ void check(const AdapterConfig& c, const std::string& where) {
   const auto fail = [&](const std::string& what) { throw ConfigError(where + what); };
   if (c.r <= 0) fail(fmt::format(".r: {} is not a positive rank", c.r));
   if (!(c.lora_alpha > 0)) fail(fmt::format(".lora_alpha: {} is not positive", c.lora_alpha));
-  if (!(c.lora_dropout >= 0 && c.lora_dropout < 1)) fail(fmt::format(".lora_dropout: {} is not in [0, 1)", c.lora_dropout));
+  if (!(c.lora_dropout >= 0 && c.lora_dropout < 1))
+    fail(fmt::format(".lora_dropout: {} is not in [0, 1)", c.lora_dropout));
   for (const auto& [key, rank] : c.rank_pattern) {
-    if (rank < 1 || rank != std::floor(rank)) fail(fmt::format(".rank_pattern.{}: {} is not a positive rank", key, rank));
+    if (rank < 1 || rank != std::floor(rank))
+      fail(fmt::format(".rank_pattern.{}: {} is not a positive rank", key, rank));
   }
   for (const auto& [key, alpha] : c.alpha_pattern) {
     if (!(alpha > 0)) fail(fmt::format(".alpha_pattern.{}: {} is not positive", key, alpha));
@@ -130,10 +134,11 @@ std::vector<std::string> select_targets(const AdapterConfig& config, const std::
     const std::string kind = name.substr(name.rfind('.') + 1);
     if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
   }
-  throw ConfigError(fmt::format("adapter.target_modules: nothing matches [{}{}]{}. The model's linears are named {} (e.g. {}).",
-                                fmt::join(config.target_modules.names, ", "), config.target_modules.expression,
-                                config.exclude_modules.empty() ? "" : " after exclude_modules",
-                                fmt::join(kinds, ", "), linears.empty() ? "none" : linears.front()));
+  throw ConfigError(
+      fmt::format("adapter.target_modules: nothing matches [{}{}]{}. The model's linears are named {} (e.g. {}).",
+                  fmt::join(config.target_modules.names, ", "), config.target_modules.expression,
+                  config.exclude_modules.empty() ? "" : " after exclude_modules", fmt::join(kinds, ", "),
+                  linears.empty() ? "none" : linears.front()));
 }
 
 }  // namespace corank

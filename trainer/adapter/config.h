@@ -9,11 +9,13 @@
 
 namespace corank {
 
-/// Which modules an adapter sits on, by PEFT's rules (methods 3.3): a list matches names that equal an entry or end with
-/// "." + entry; a pattern is a regular expression that must match the whole name; "all-linear" is every linear but the head.
+/// Which modules an adapter sits on, by PEFT's rules (methods 3.3): a list matches names that equal an entry or end
+/// with
+/// "." + entry; a pattern is a regular expression that must match the whole name; "all-linear" is every linear but the
+/// head.
 struct ModulePattern {
-  std::vector<std::string> names;   ///< list form
-  std::string expression;           ///< pattern form, when not empty
+  std::vector<std::string> names;  ///< list form
+  std::string expression;          ///< pattern form, when not empty
   bool matches(const std::string& module) const;
   bool empty() const { return names.empty() && expression.empty(); }
 };
@@ -29,7 +31,7 @@ struct AdapterConfig {
   ModulePattern target_modules;
   ModulePattern exclude_modules;
   std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;  ///< in file order: the first match wins
-  std::string init_lora_weights = "true";  ///< true or gaussian
+  std::string init_lora_weights = "true";                                   ///< true or gaussian
   std::string path;  ///< PEFT folder or corank checkpoint to start from
 
   /// Rank and scaling of one module: patterns first, then r and lora_alpha; alpha / r, or alpha / sqrt(r) with rsLoRA.

@@ -5,8 +5,9 @@
 #include "trainer/model/model.h"
 #include "trainer/ops/random.h"
 
-// LoRA (arXiv 2106.09685) and rsLoRA (2312.03732), with PEFT's initialisation and scaling (methods 1.3, 2). Tensor parallel by
-// the weight-side schedule (methods 10.1): the factor that a split does not touch is replicated, its gradient a partial sum.
+// LoRA (arXiv 2106.09685) and rsLoRA (2312.03732), with PEFT's initialisation and scaling (methods 1.3, 2). Tensor
+// parallel by the weight-side schedule (methods 10.1): the factor that a split does not touch is replicated, its
+// gradient a partial sum.
 namespace corank {
 namespace {
 
@@ -37,7 +38,8 @@ class LoraAdapter : public Adapter {
   }
 
  private:
-  /// kaiming_uniform(a = sqrt 5) is U(-1/sqrt in, 1/sqrt in) with the full fan-in; gaussian is N(0, 1/r^2). B starts at 0.
+  /// kaiming_uniform(a = sqrt 5) is U(-1/sqrt in, 1/sqrt in) with the full fan-in; gaussian is N(0, 1/r^2). B starts at
+  /// 0.
   static std::function<void(const at::Tensor&)> initialise_a(const AdapterConfig& config, uint64_t seed,
                                                              const ParameterSpec& spec, int64_t in, int64_t rank) {
     const uint64_t key = ops::key_of(seed, "init", spec.name);

@@ -27,7 +27,8 @@ std::unique_ptr<AdapterMethod> make_method(const AdapterConfig& config) {
   for (const Method& method : kMethods) {
     if (config.method == method.name) return method.make(config);
   }
-  throw ConfigError(fmt::format("adapter.method: '{}' is not one of {}", config.method, fmt::join(method_names(), ", ")));
+  throw ConfigError(
+      fmt::format("adapter.method: '{}' is not one of {}", config.method, fmt::join(method_names(), ", ")));
 }
 
 }  // namespace corank

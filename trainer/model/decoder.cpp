@@ -215,8 +215,8 @@ class Decoder : public Model {
 void require_divides(const char* what, int64_t size, int tensor) {
   if (size % tensor == 0) return;
   throw ConfigError(fmt::format(
-      "parallel.tensor: {} ranks do not divide the model's {} {}. Choose a tensor-parallel size that divides it.", tensor,
-      size, what));
+      "parallel.tensor: {} ranks do not divide the model's {} {}. Choose a tensor-parallel size that divides it.",
+      tensor, size, what));
 }
 
 }  // namespace

@@ -7,8 +7,8 @@
 
 namespace corank {
 
-/// A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated feed-forward part: Llama and its
-/// relatives. Names of tensors are Hugging Face's for Llama.
+/// A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated feed-forward part: Llama and
+/// its relatives. Names of tensors are Hugging Face's for Llama.
 struct DecoderConfig {
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;

@@ -84,7 +84,8 @@ std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp)
   const DecoderConfig config = read_config(model_config_json(options), origin_of(options));
   check_split(config, tp.size());
   const bool outline = options.device.is_meta();
-  const auto weights = options.path.empty() ? random_weights(options.seed, outline) : folder_weights(options.path, outline);
+  const auto weights =
+      options.path.empty() ? random_weights(options.seed, outline) : folder_weights(options.path, outline);
   auto model = make_decoder(config, options, *weights, tp);
   weights->finish();
   return model;

@@ -33,8 +33,8 @@ std::vector<std::string> shape_names();
 /// ConfigError (sizes that do not divide) or InputError (an unknown architecture or attribute).
 void check_model_config(const std::string& config_json, const std::string& origin, int tensor);
 
-/// Collective over tp (nothing is sent, all ranks call it). Reads config.json, picks the family by `model_type`, loads this
-/// rank's shards. InputError for missing, unused or misshapen tensors.
+/// Collective over tp (nothing is sent, all ranks call it). Reads config.json, picks the family by `model_type`, loads
+/// this rank's shards. InputError for missing, unused or misshapen tensors.
 std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp);
 
 /// The model without its numbers (tensors of the meta device): the same checks of names and shapes, from headers alone.

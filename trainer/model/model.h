@@ -19,7 +19,8 @@ struct NamedWeight {
   ops::Weight* weight = nullptr;  ///< owned by the model
 };
 
-/// A decoder-only language model: a body and a head. Owns its frozen weights and the adapters on them; no training state.
+/// A decoder-only language model: a body and a head. Owns its frozen weights and the adapters on them; no training
+/// state.
 class Model {
  public:
   virtual ~Model() = default;

@@ -24,7 +24,8 @@ std::pair<at::Tensor, at::Tensor> rope_table(const RopeConfig& config, int64_t h
                                              at::ScalarType dtype, at::Device device) {
   at::Tensor frequencies = at::empty({head_dim / 2}, at::TensorOptions(at::kDouble));
   for (int64_t i = 0; i < head_dim / 2; ++i) {
-    frequencies[i] = scaled(std::pow(config.theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim)), config);
+    frequencies[i] =
+        scaled(std::pow(config.theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim)), config);
   }
   const at::Tensor angles = at::outer(at::arange(positions, at::TensorOptions(at::kDouble)), frequencies);
   return {angles.cos().to(device, dtype), angles.sin().to(device, dtype)};

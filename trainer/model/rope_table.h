@@ -6,8 +6,9 @@
 
 namespace corank {
 
-/// Rotary frequencies. `llama3`: the piecewise scaling of Llama 3.1 (transformers' rope_type "llama3"): wavelengths longer than
-/// original / low are slowed by `factor`, shorter than original / high kept, between them interpolated. `linear`: all slowed.
+/// Rotary frequencies. `llama3`: the piecewise scaling of Llama 3.1 (transformers' rope_type "llama3"): wavelengths
+/// longer than original / low are slowed by `factor`, shorter than original / high kept, between them interpolated.
+/// `linear`: all slowed.
 struct RopeConfig {
   enum class Scaling { none, linear, llama3 };
   double theta = 10000;

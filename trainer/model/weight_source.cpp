@@ -20,9 +20,10 @@ class FolderWeights : public WeightSource {
 
   at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) override {
     if (!file_.has(name)) {
-      throw InputError(fmt::format("{}: tensor {} is missing. config.json asks for it; the folder is incomplete or belongs "
-                                   "to another architecture.",
-                                   file_.folder(), name));
+      throw InputError(
+          fmt::format("{}: tensor {} is missing. config.json asks for it; the folder is incomplete or belongs "
+                      "to another architecture.",
+                      file_.folder(), name));
     }
     const auto& found = file_.info(name).shape;
     if (found != shape) {

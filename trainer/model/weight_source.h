@@ -12,8 +12,8 @@ namespace corank {
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
-  /// The block of tensor `name` that `shard` names, on the CPU, padded with zeros. InputError if the tensor is absent or has
-  /// another shape than `shape`.
+  /// The block of tensor `name` that `shard` names, on the CPU, padded with zeros. InputError if the tensor is absent
+  /// or has another shape than `shape`.
   virtual at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) = 0;
   /// A tensor that this model does not need although the file may hold it (a tied head).
   virtual void skip(const std::string& name) = 0;
@@ -21,7 +21,8 @@ class WeightSource {
   virtual void finish() = 0;
 };
 
-/// A Hugging Face folder; each rank reads only the bytes of its shards. `outline`: headers only, tensors on the meta device.
+/// A Hugging Face folder; each rank reads only the bytes of its shards. `outline`: headers only, tensors on the meta
+/// device.
 std::unique_ptr<WeightSource> folder_weights(const std::string& folder, bool outline = false);
 /// Random weights of any shape, the same for every layout: N(0, 0.02^2), norms 1, biases 0.
 std::unique_ptr<WeightSource> random_weights(uint64_t seed, bool outline = false);

@@ -117,7 +117,8 @@ variable_list cudnn_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const auto batch = [&](const at::Tensor& x) { return x.view({rows, -1, x.size(1), x.size(2)}).transpose(1, 2); };
   auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
       batch(grad), batch(q), batch(k), batch(v), batch(out), kept[0], kept[1], kept[2], at::Tensor(), at::Tensor(),
-      at::Tensor(), call.segments.max_length, call.segments.max_length, /*dropout_p=*/0, /*is_causal=*/true, call.scale);
+      at::Tensor(), call.segments.max_length, call.segments.max_length, /*dropout_p=*/0, /*is_causal=*/true,
+      call.scale);
   const auto flat = [](const at::Tensor& x, const at::Tensor& like) { return x.transpose(1, 2).reshape(like.sizes()); };
   return {flat(dq, q), flat(dk, k), flat(dv, v)};
 }
@@ -135,9 +136,9 @@ at::Tensor flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Ten
 variable_list flash_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& out, const Call& call, const variable_list& kept) {
   const Segments& s = call.segments;
-  auto [dq, dk, dv] = at::_flash_attention_backward(grad.contiguous(), q, k, v, out, kept[0], s.cu_seqlens, s.cu_seqlens,
-                                                    s.max_length, s.max_length, /*dropout_p=*/0, /*is_causal=*/true,
-                                                    kept[1], kept[2], call.scale);
+  auto [dq, dk, dv] =
+      at::_flash_attention_backward(grad.contiguous(), q, k, v, out, kept[0], s.cu_seqlens, s.cu_seqlens, s.max_length,
+                                    s.max_length, /*dropout_p=*/0, /*is_causal=*/true, kept[1], kept[2], call.scale);
   return {dq, dk, dv};
 }
 
@@ -178,8 +179,8 @@ bool Segments::uniform() const {
   return std::all_of(lengths.begin(), lengths.end(), [&](int64_t length) { return length == max_length; });
 }
 
-at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd, const Segments& segments,
-                     double scale) {
+at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
+                     const Segments& segments, double scale) {
   TORCH_CHECK(q_NHd.size(1) % k_NKd.size(1) == 0, "attention: query heads must be a multiple of key-value heads");
   auto call = c10::make_intrusive<Call>();
   call->segments = segments;

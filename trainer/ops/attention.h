@@ -17,13 +17,13 @@ struct Segments {
 
 /// Causal attention inside each segment, none across. q_NHd, k_NKd, v_NKd with H a multiple of K (grouped queries,
 /// arXiv 2305.13245). Returns [N, H * d] in the input's dtype. Kept for backward: q, k, v, the output and its
-/// log-sum-exp. CPU: ATen's flash kernel per segment. CUDA: cuDNN where segments are uniform, FlashAttention-2 where they
-/// are not (both bfloat16); float32 and float64: the plain formula, segment by segment.
-at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd, const Segments& segments,
-                     double scale);
+/// log-sum-exp. CPU: ATen's flash kernel per segment. CUDA: cuDNN where segments are uniform, FlashAttention-2 where
+/// they are not (both bfloat16); float32 and float64: the plain formula, segment by segment.
+at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
+                     const Segments& segments, double scale);
 
-/// Attention of the last rows of a sequence to all of it, without gradient (generation): q_NHd are the queries of the last
-/// N of T positions, k_TKd and v_TKd the cache. Causal.
+/// Attention of the last rows of a sequence to all of it, without gradient (generation): q_NHd are the queries of the
+/// last N of T positions, k_TKd and v_TKd the cache. Causal.
 at::Tensor cached_attention(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd, double scale);
 
 /// The plain formula by autograd: the twin of `attention` in tests.

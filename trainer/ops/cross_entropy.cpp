@@ -31,7 +31,8 @@ struct Call : torch::CustomClassHolder {
 at::ScalarType logits_dtype(const at::Tensor& h) { return h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 /// (max, sum of exp(logit - max), logit of the target or 0 where another rank holds it), each [M].
-std::tuple<at::Tensor, at::Tensor, at::Tensor> statistics(const at::Tensor& logits_MV, const at::Tensor& local_targets) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> statistics(const at::Tensor& logits_MV,
+                                                          const at::Tensor& local_targets) {
   if (logits_MV.is_cuda() && cuda::has_kernel(logits_MV)) return cuda::softmax_statistics(logits_MV, local_targets);
   const int64_t width = logits_MV.size(1);
   if (width == 0) {
@@ -71,7 +72,8 @@ void to_gradient(const at::Tensor& logits_MV, const at::Tensor& lse_M, const at:
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h_ND, const std::optional<at::Tensor>& leaf,
-                            const at::Tensor& target_rows_M, const at::Tensor& targets_M, c10::intrusive_ptr<Call> call) {
+                            const at::Tensor& target_rows_M, const at::Tensor& targets_M,
+                            c10::intrusive_ptr<Call> call) {
     const at::Tensor w_VD = call->rows_VD();
     const bool head_trains = call->head.weight_VD.trains();
     const at::Tensor h_MD = h_ND.index_select(0, target_rows_M);

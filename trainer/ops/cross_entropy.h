@@ -12,10 +12,11 @@ struct VocabularyHead {
 };
 
 /// Collective over tp. Sum over targets of -log softmax(h W^T)[target], a float64 scalar, equal on all tp ranks.
-/// h_ND: hidden states, equal on all tp ranks; target_rows_M, targets_M: int64 as in Batch. Only rows that predict something
-/// pass through the head, in chunks of `chunk_rows` (0: chosen from the vocabulary): the logits of a batch never exist.
-/// Logits in float32 (float64 inputs: float64). The gradient is formed in forward; kept for backward: dh [M, D] (and dW
-/// where the head trains). Traffic: vocabulary_loss 3 floats a target; tensor_activations one [M, D] (training only).
+/// h_ND: hidden states, equal on all tp ranks; target_rows_M, targets_M: int64 as in Batch. Only rows that predict
+/// something pass through the head, in chunks of `chunk_rows` (0: chosen from the vocabulary): the logits of a batch
+/// never exist. Logits in float32 (float64 inputs: float64). The gradient is formed in forward; kept for backward: dh
+/// [M, D] (and dW where the head trains). Traffic: vocabulary_loss 3 floats a target; tensor_activations one [M, D]
+/// (training only).
 at::Tensor cross_entropy(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
                          const VocabularyHead& head, Communicator& tp, int64_t chunk_rows = 0);
 

@@ -39,9 +39,8 @@ at::Tensor dropout(const at::Tensor& x_NI, const Dropout& d) {
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "dropout", [&] {
     const auto* in = x.const_data_ptr<scalar_t>();
     auto* out = y.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
-      dropout_rows(in, out, slots, x.size(1), d, begin, end);
-    });
+    at::parallel_for(0, x.size(0), 16,
+                     [&](int64_t begin, int64_t end) { dropout_rows(in, out, slots, x.size(1), d, begin, end); });
   });
   return y;
 }

@@ -5,19 +5,20 @@
 
 namespace corank::ops {
 
-/// Inverted dropout whose mask is a pure function of what a value is (methods 10.7): key = (seed, layer, optimizer step),
-/// counter = (token's slot in the global batch, global feature). The same mask for every layout and when recomputed.
+/// Inverted dropout whose mask is a pure function of what a value is (methods 10.7): key = (seed, layer, optimizer
+/// step), counter = (token's slot in the global batch, global feature). The same mask for every layout and when
+/// recomputed.
 struct Dropout {
   double p = 0;
   uint64_t key = 0;
-  at::Tensor slots_N;           ///< int64, Batch::slots_N
-  int64_t feature_offset = 0;   ///< global index of the first local feature (row-parallel inputs are slices)
+  at::Tensor slots_N;          ///< int64, Batch::slots_N
+  int64_t feature_offset = 0;  ///< global index of the first local feature (row-parallel inputs are slices)
 
   bool active() const { return p > 0; }
 };
 
-/// Kept values are scaled by 1 / (1 - p). Not an autograd node: callers apply it again to gradients. Returns x itself when
-/// inactive. x_NI: float32, float64 or bfloat16.
+/// Kept values are scaled by 1 / (1 - p). Not an autograd node: callers apply it again to gradients. Returns x itself
+/// when inactive. x_NI: float32, float64 or bfloat16.
 at::Tensor dropout(const at::Tensor& x_NI, const Dropout& dropout);
 
 }  // namespace corank::ops

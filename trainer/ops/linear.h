@@ -25,8 +25,8 @@ struct Projection {
 };
 
 /// Outputs [N, O_i] of every projection of x_NI. One node for all of them, so that x is kept once and its gradient is
-/// formed in one buffer. Kept for backward: x (only where A or W trains), u = drop(x) A^T [N, R]; never a [O, I] tensor.
-/// Backward, g = dL/dy: du = s g B; dB = s g^T u; dA = du^T drop(x); dx = sum_i g_i W_i + mask (du_i A_i).
+/// formed in one buffer. Kept for backward: x (only where A or W trains), u = drop(x) A^T [N, R]; never a [O, I]
+/// tensor. Backward, g = dL/dy: du = s g B; dB = s g^T u; dA = du^T drop(x); dx = sum_i g_i W_i + mask (du_i A_i).
 std::vector<at::Tensor> linear(const at::Tensor& x_NI, std::vector<Projection> projections);
 
 }  // namespace corank::ops

@@ -10,7 +10,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::ScalarType statistics_dtype(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType statistics_dtype(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 std::pair<at::Tensor, at::Tensor> normalise(const at::Tensor& h, const at::Tensor& weight, double eps) {
   if (h.is_cuda() && cuda::has_kernel(h)) return cuda::rms_norm_forward(h, weight, eps);
@@ -58,7 +60,8 @@ struct AddRmsNorm : torch::autograd::Function<AddRmsNorm> {
 
 std::pair<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& residual_ND, const at::Tensor& delta_ND,
                                                const Weight& weight_D, double eps) {
-  const variable_list out = AddRmsNorm::apply(residual_ND, if_defined(delta_ND), if_defined(weight_D.leaf), weight_D.value, eps);
+  const variable_list out =
+      AddRmsNorm::apply(residual_ND, if_defined(delta_ND), if_defined(weight_D.leaf), weight_D.value, eps);
   return {delta_ND.defined() ? out[1] : residual_ND, out[0]};
 }
 

@@ -5,8 +5,8 @@
 
 namespace corank::ops {
 
-/// A model tensor: what the arithmetic reads, and the leaf that its gradient goes to. Frozen: `leaf` is undefined, and no
-/// gradient is formed. Trainable: `leaf` is the float32 (tests: float64) master with requires_grad, `value` the same
+/// A model tensor: what the arithmetic reads, and the leaf that its gradient goes to. Frozen: `leaf` is undefined, and
+/// no gradient is formed. Trainable: `leaf` is the float32 (tests: float64) master with requires_grad, `value` the same
 /// numbers in the compute dtype (the same storage when the dtypes agree), without requires_grad.
 struct Weight {
   at::Tensor value;

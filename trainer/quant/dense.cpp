@@ -17,7 +17,8 @@ class DenseWeight : public FrozenWeight {
 
 }  // namespace
 
-std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const ReadShard& read, const Shard& shard) {
+std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const ReadShard& read,
+                                                const Shard& shard) {
   return std::make_unique<DenseWeight>(read(shard).to(options.device, options.dtype).contiguous());
 }
 

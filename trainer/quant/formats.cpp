@@ -24,11 +24,13 @@ std::vector<std::string> format_names() {
   return names;
 }
 
-std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const ReadShard& read, const Shard& shard) {
+std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const ReadShard& read,
+                                                 const Shard& shard) {
   for (const Format& format : kFormats) {
     if (options.name == format.name) return format.make(options, read, shard);
   }
-  throw ConfigError(fmt::format("model.quantization: '{}' is not one of {}", options.name, fmt::join(format_names(), ", ")));
+  throw ConfigError(
+      fmt::format("model.quantization: '{}' is not one of {}", options.name, fmt::join(format_names(), ", ")));
 }
 
 }  // namespace corank

@@ -4,6 +4,7 @@
 /// The formats of the table in formats.cpp, one file each.
 namespace corank {
 
-std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const ReadShard& read, const Shard& shard);
+std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const ReadShard& read,
+                                                const Shard& shard);
 
 }  // namespace corank

@@ -9,8 +9,8 @@
 
 namespace corank {
 
-/// A base weight [O, I] (this rank's block) that never trains, in some stored format. Backward re-materialises W; nothing of
-/// size [O, I] in the compute dtype outlives a call unless the format is dense.
+/// A base weight [O, I] (this rank's block) that never trains, in some stored format. Backward re-materialises W;
+/// nothing of size [O, I] in the compute dtype outlives a call unless the format is dense.
 class FrozenWeight : public ops::Matrix {
  public:
   /// Takes the place of the weight (full fine-tuning: the trained tensor; PiSSA: the residual). Dense formats keep the
@@ -20,18 +20,19 @@ class FrozenWeight : public ops::Matrix {
   virtual int64_t bytes() const = 0;
 };
 
-/// Reads the block of the full weight that a Shard names, on the CPU in the file's dtype. Formats whose statistics span the
-/// full tensor read it whole and slice the result.
+/// Reads the block of the full weight that a Shard names, on the CPU in the file's dtype. Formats whose statistics span
+/// the full tensor read it whole and slice the result.
 using ReadShard = std::function<at::Tensor(const Shard&)>;
 
 struct FormatOptions {
-  std::string name = "none";  ///< model.quantization
+  std::string name = "none";             ///< model.quantization
   at::ScalarType dtype = at::kBFloat16;  ///< compute dtype
   at::Device device = at::kCPU;
 };
 
 std::vector<std::string> format_names();
 /// A frozen weight in the named format; an unknown name is a ConfigError that lists the known ones.
-std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const ReadShard& read, const Shard& shard);
+std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const ReadShard& read,
+                                                 const Shard& shard);
 
 }  // namespace corank

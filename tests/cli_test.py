@@ -1,0 +1,353 @@
+"""The commands as a user meets them: exit codes, messages, files. Run by launch/test with CORANK_BIN set."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data"))
+import environment
+
+environment.require("h5py", "numpy", "safetensors")
+import h5py
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+CORANK = os.environ["CORANK_BIN"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np"]
+TINY = "configs/tiny.yaml"
+
+
+def corank(*arguments, ranks=1):
+    launcher = [*MPIRUN, str(ranks)] if ranks > 1 else []
+    return subprocess.run([*launcher, CORANK, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=100)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_bytes(folder):
+    return (Path(folder) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="corank-"))
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.out = self.folder / "out"
+
+    def train(self, *overrides, ranks=1, out=None):
+        return corank("train", TINY, f"output_dir={out or self.out}", *overrides, ranks=ranks)
+
+    def succeed(self, result):
+        self.assertEqual(result.returncode, 0, result.stderr + result.stdout)
+        return result.stdout
+
+    def refuse(self, result, code, *words):
+        """Exit code, one paragraph on standard error that holds `words`, and nothing left behind."""
+        self.assertEqual(result.returncode, code, result.stderr + result.stdout)
+        for word in words:
+            self.assertIn(word, result.stderr)
+        self.assertEqual(result.stderr.count("corank: "), 1, result.stderr)
+        self.assertFalse(self.out.exists(), "something was written")
+
+
+class Refusals(Case):
+    def test_unknown_key_names_line_and_nearest(self):
+        self.refuse(self.train("train.learning_rat=1"), 64, "train.learning_rat", "learning_rate")
+
+    def test_unknown_section_key_of_the_file(self):
+        run = self.folder / "run.yaml"
+        run.write_text((ROOT / TINY).read_text().replace("  r: 8", "  rr: 8"))
+        self.refuse(corank("train", run, f"output_dir={self.out}"), 64, "run.yaml:8", "adapter.rr")
+
+    def test_heads_that_do_not_divide(self):
+        self.refuse(self.train("parallel.tensor=3", ranks=3), 64, "parallel.tensor", "3", "attention heads")
+
+    def test_ranks_that_tensor_does_not_divide(self):
+        self.refuse(self.train("parallel.tensor=2", ranks=3), 64, "parallel.tensor", "2", "3 ranks")
+
+    def test_batch_that_does_not_divide(self):
+        self.refuse(self.train("train.global_batch_size=10", ranks=4), 64, "global_batch_size", "10")
+
+    def test_targets_that_match_nothing(self):
+        self.refuse(self.train("adapter.target_modules=[q_pro]"), 64, "target_modules", "q_pro", "q_proj")
+
+    def test_targets_that_are_no_linear(self):
+        self.refuse(self.train("adapter.target_modules=[q_proj,lm_head]"), 64, "lm_head")
+
+    def test_contradicting_keys(self):
+        self.refuse(self.train("train.num_train_epochs=1"), 64, "max_steps", "num_train_epochs")
+
+    def test_a_backend_that_is_not_built(self):
+        self.refuse(self.train("parallel.backend=gloo"), 64, "parallel.backend", "gloo", "mpi")
+
+    def test_values_out_of_range(self):
+        for override in ("adapter.r=0", "adapter.lora_dropout=1", "train.micro_batch_size=0", "train.learning_rate=-1",
+                         "adapter.method=dorra", "model.quantization=nf5", "data.packing=maybe"):
+            with self.subTest(override):
+                self.refuse(self.train(override), 64, override.split("=")[0])
+
+    def test_missing_inputs(self):
+        self.refuse(self.train("data.train=nowhere.h5"), 66, "nowhere.h5")
+        self.refuse(corank("train", "nowhere.yaml"), 66, "nowhere.yaml")
+        self.refuse(self.train("adapter.path=nowhere"), 66, "nowhere")
+
+    def test_one_message_for_all_ranks(self):
+        self.refuse(self.train("adapter.r=0", ranks=4), 64, "adapter.r")
+
+    def test_output_of_another_run(self):
+        self.succeed(self.train("train.max_steps=2"))
+        before = sorted(self.out.rglob("*"))
+        result = self.train("train.max_steps=2", "adapter.r=4")
+        self.assertEqual(result.returncode, 64)
+        self.assertIn("holds another run", result.stderr)
+        self.assertEqual(sorted(self.out.rglob("*")), before)
+
+
+class TokenFiles(Case):
+    def token_file(self, change):
+        path = self.folder / "train.h5"
+        shutil.copy(ROOT / "configs/tiny/train.h5", path)
+        with h5py.File(path, "r+") as file:
+            change(file)
+        return path
+
+    def test_token_beyond_the_vocabulary(self):
+        def change(file):
+            file["tokens"][7] = 256
+
+        path = self.token_file(change)
+        self.refuse(self.train(f"data.train={path}"), 65, str(path), "256")
+
+    def test_wrong_format_attribute(self):
+        path = self.token_file(lambda file: file.attrs.__setitem__("format", "other"))
+        self.refuse(self.train(f"data.train={path}"), 65, str(path), "format")
+
+    def test_truncated(self):
+        path = self.token_file(lambda file: None)
+        data = path.read_bytes()
+        for size in (len(data) // 2, len(data) - 1, 100, 0):
+            path.write_bytes(data[:size])
+            with self.subTest(size):
+                self.refuse(self.train(f"data.train={path}"), 65, str(path))
+
+
+class Models(Case):
+    def model(self):
+        path = self.folder / "model"
+        shutil.copytree(ROOT / "tests/golden/llama/model", path)
+        return path
+
+    def train_on(self, model):
+        tokens = self.folder / "tokens.h5"
+        if not tokens.exists():
+            with h5py.File(tokens, "w") as file:
+                file["tokens"] = np.arange(60, dtype=np.int32) % 130
+                file["offsets"] = np.arange(0, 61, 5, dtype=np.int64)
+                file["loss_mask"] = np.ones(60, np.uint8)
+                file.attrs.update({"format": "corank-tokens", "version": 1, "vocab_size": 130})
+        run = self.folder / "run.yaml"
+        run.write_text(f"model: {{path: {model}, dtype: float32}}\ndata: {{train: {tokens}, seq_len: 32}}\n"
+                       f"train: {{max_steps: 2, global_batch_size: 2}}\noutput_dir: {self.out}\n")
+        return corank("train", run)
+
+    def change_weights(self, model, change):
+        weights = load_file(model / "model.safetensors")
+        change(weights)
+        save_file(weights, model / "model.safetensors")
+
+    def test_as_it_is(self):
+        self.succeed(self.train_on(self.model()))
+
+    def test_missing_tensor(self):
+        model = self.model()
+        self.change_weights(model, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+        self.refuse(self.train_on(model), 65, "model.layers.1.mlp.up_proj.weight", "missing")
+
+    def test_unused_tensor(self):
+        model = self.model()
+        self.change_weights(model, lambda w: w.update({"model.layers.2.extra": np.zeros(3, np.float32)}))
+        self.refuse(self.train_on(model), 65, "model.layers.2.extra")
+
+    def test_wrong_shape(self):
+        model = self.model()
+        self.change_weights(model, lambda w: w.update({"model.norm.weight": np.ones(65, np.float32)}))
+        self.refuse(self.train_on(model), 65, "model.norm.weight", "65", "64")
+
+    def test_truncated_weights(self):
+        model = self.model()
+        path = model / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        self.refuse(self.train_on(model), 65, "model.safetensors")
+
+    def test_hostile_header(self):
+        model = self.model()
+        (model / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+        self.refuse(self.train_on(model), 65, "model.safetensors")
+
+    def test_attributes_that_change_the_result(self):
+        for change in ({"model_type": "mamba"}, {"hidden_act": "gelu"}, {"sliding_window": 16},
+                       {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}):
+            model = self.model()
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**config, **change}))
+            with self.subTest(change):
+                self.refuse(self.train_on(model), 65, "config.json")
+            shutil.rmtree(model)
+
+
+class Runs(Case):
+    def test_validate(self):
+        result = json.loads(self.succeed(corank("validate", TINY, "--json")))
+        self.assertEqual((result["valid"], result["train_samples"], result["targets"]), (True, 288, 14))
+        self.assertEqual(corank("validate", TINY, "parallel.tensor=3", "--ranks", 3).returncode, 64)
+
+    def test_result_files(self):
+        text = self.succeed(self.train("train.max_steps=3", "save_steps=1", "save_total_limit=2", ranks=2))
+        self.assertIn("trainable params: 18,688 || all params: 143,936 || trainable%: 12.9835", text)
+        self.assertIn("ranks 2 = dp 2 x tp 1, global batch 12 = 2 dp x 6 accumulation x 1 micro-batch", text)
+        self.assertEqual(sorted(p.name for p in self.out.iterdir()),
+                         ["adapter", "checkpoint-2", "checkpoint-3", "metrics.jsonl", "run.yaml"])
+        record = json.loads((self.out / "metrics.jsonl").read_text().splitlines()[0])
+        for key in ("step", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_per_second", "step_seconds",
+                    "peak_memory_bytes", "bytes"):
+            self.assertIn(key, record)
+        self.assertEqual(record["step"], 1)
+
+    def test_resolved_run_is_the_same_run(self):
+        self.succeed(self.train("train.max_steps=3"))
+        again = self.folder / "again"
+        self.succeed(corank("train", self.out / "run.yaml", f"output_dir={again}"))
+        self.assertEqual(adapter_bytes(self.out), adapter_bytes(again))
+
+    def test_kill_at_any_time_and_start_again(self):
+        straight = self.folder / "straight"
+        settings = ("train.max_steps=100", "save_steps=1")
+        self.succeed(self.train(*settings, ranks=2, out=straight))
+        command = [*MPIRUN, "2", CORANK, "train", TINY, f"output_dir={self.out}", *settings]
+        for kill_after in (2, 30, 60):
+            process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL, start_new_session=True)
+            deadline = time.monotonic() + 60
+            while not (self.out / f"checkpoint-{kill_after}").exists() and process.poll() is None:
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.002)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(2)  # mpirun's ranks end with it, a moment later
+        self.succeed(self.train(*settings, ranks=2))
+        self.assertEqual(adapter_bytes(self.out), adapter_bytes(straight))
+        self.assertEqual(losses(self.out), losses(straight))
+
+    def test_stop_on_request_saves_and_resumes(self):
+        straight = self.folder / "straight"
+        self.succeed(self.train(ranks=2, out=straight))
+        process = subprocess.Popen([*MPIRUN, "2", CORANK, "train", TINY, f"output_dir={self.out}"], cwd=ROOT, env=ENVIRONMENT,
+                                   stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step  3/"):
+                process.send_signal(signal.SIGUSR1)
+                break
+        rest = process.stdout.read()
+        process.stdout.close()
+        self.assertEqual(process.wait(timeout=60), 75, rest)
+        self.assertIn("start the same command again", rest)
+        self.assertIn("resuming from", self.succeed(self.train(ranks=2)))
+        self.assertEqual(adapter_bytes(self.out), adapter_bytes(straight))
+        self.assertEqual(losses(self.out), losses(straight))
+
+    def test_damaged_newest_checkpoint_is_passed_over(self):
+        self.succeed(self.train("train.max_steps=4", "save_steps=1"))
+        state = self.out / "checkpoint-4" / "state.h5"
+        data = bytearray(state.read_bytes())
+        data[len(data) // 2] ^= 1
+        state.write_bytes(data)
+        self.assertIn("checkpoint-3 after step 3", self.succeed(self.train("train.max_steps=4", "save_steps=1")))
+
+    def test_adapter_path_brings_its_settings(self):
+        self.succeed(self.train("train.max_steps=3", "adapter.r=4"))
+        adapter = self.out / "adapter"
+        run = self.folder / "run.yaml"
+        run.write_text((ROOT / TINY).read_text().replace("  r: 8\n  lora_alpha: 16\n", f"  path: {adapter}\n"))
+        with_adapter = json.loads(self.succeed(corank("eval", run, "--json")))["loss"]
+        without = json.loads(self.succeed(corank("eval", TINY, "--json")))["loss"]
+        self.assertLess(with_adapter, without)
+        both = corank("eval", run, "adapter.r=8")
+        self.assertEqual(both.returncode, 64)
+        self.assertIn("adapter.r", both.stderr)
+
+    def test_eval_is_the_same_in_every_layout(self):
+        values = []
+        for ranks, tensor in ((1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (4, 4)):
+            result = json.loads(self.succeed(corank("eval", TINY, f"parallel.tensor={tensor}", "--json", ranks=ranks)))
+            self.assertEqual((result["samples"], result["target_tokens"]), (32, values[0][1] if values else result["target_tokens"]))
+            values.append((result["loss"], result["target_tokens"]))
+        for loss, _ in values:
+            self.assertAlmostEqual(loss / values[0][0], 1, delta=1e-6)
+
+    def test_full_fine_tuning_leaves_a_model(self):
+        self.succeed(self.train("adapter.method=full", "train.max_steps=3", "train.learning_rate=1e-3", ranks=2))
+        self.assertFalse((self.out / "adapter").exists())
+        self.assertEqual(load_file(self.out / "model" / "model.safetensors")["model.norm.weight"].shape, (64,))
+        run = self.folder / "run.yaml"
+        run.write_text((ROOT / TINY).read_text().replace("shape: tiny-llama", f"path: {self.out}/model"))
+        self.succeed(corank("eval", run, "--json"))
+
+    def test_export_import_and_inspect(self):
+        self.succeed(self.train("train.max_steps=2"))
+        exported, imported = self.folder / "peft", self.folder / "back.h5"
+        self.succeed(corank("export", self.out / "checkpoint-2", "--out", exported))
+        self.assertEqual((exported / "adapter_model.safetensors").read_bytes(), adapter_bytes(self.out))
+        self.assertEqual((exported / "adapter_config.json").read_text(), (self.out / "adapter/adapter_config.json").read_text())
+        self.succeed(corank("import", exported, "--out", imported))
+        again = self.folder / "again"
+        self.succeed(corank("export", imported, "--out", again))
+        self.assertEqual((again / "adapter_model.safetensors").read_bytes(), adapter_bytes(self.out))
+        for path, kind in ((self.out / "checkpoint-2", "checkpoint"), (exported, "adapter"), (imported, "adapter"),
+                           ("configs/tiny/train.h5", "tokens"), ("tests/golden/llama/model", "model")):
+            self.assertEqual(json.loads(self.succeed(corank("inspect", path, "--json")))["kind"], kind)
+        checkpoint = self.out / "checkpoint-2"
+        self.assertEqual(corank("export", checkpoint, "--out", checkpoint).returncode, 64)
+
+    def test_generate_continues_greedily_in_every_layout(self):
+        first = json.loads(self.succeed(corank("generate", TINY, "--prompt-tokens", "97,98,61", "--max-new-tokens", 8, "--json")))
+        self.assertEqual(len(first["tokens"]), 8)
+        split = corank("generate", TINY, "parallel.tensor=4", "--prompt-tokens", "97,98,61", "--max-new-tokens", 8, "--json", ranks=4)
+        self.assertEqual(json.loads(self.succeed(split)), first)
+        self.assertEqual(corank("generate", TINY, "--prompt-tokens", "256").returncode, 65)
+
+    def test_bench_comm_predicts_what_is_counted(self):
+        for ranks, tensor in ((2, 1), (2, 2), (4, 2)):
+            report = json.loads(self.succeed(corank("bench", "comm", TINY, f"parallel.tensor={tensor}", "--json", ranks=ranks)))
+            for part in ("adapter", "full"):
+                for purpose, line in report[part].items():
+                    self.assertEqual(line["predicted"], line["counted"], f"{part} {purpose} ranks {ranks} tensor {tensor}")
+            self.assertIn("adapter-gradients", report["adapter"])
+            if ranks > tensor:  # sharded weights of one data-parallel rank have nothing to sum
+                self.assertIn("weight-gradients", report["full"])
+                self.assertGreater(report["ratio"], 1)
+
+    def test_bench_step_reports(self):
+        report = json.loads(self.succeed(corank("bench", "step", TINY, "--steps", 2, "--warmup", 1, "--json")))
+        self.assertEqual(sorted(report), ["final_loss", "model_tflops", "peak_memory_bytes", "step_seconds", "tokens_per_second"])
+
+    def test_help_of_every_command(self):
+        for command in (["train"], ["eval"], ["generate"], ["export"], ["import"], ["inspect"], ["validate"], ["bench", "comm"],
+                        ["bench", "step"]):
+            self.assertIn("Usage", self.succeed(corank(*command, "--help")))
+
+
+if __name__ == "__main__":
+    unittest.main()
