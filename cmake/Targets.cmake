@@ -2,8 +2,8 @@
 add_library(corank_options INTERFACE)
 target_include_directories(corank_options INTERFACE ${PROJECT_SOURCE_DIR})
 set(warnings -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual)
-if(CORANK_WERROR)
-  list(APPEND warnings -Werror)
+if(CORANK_WERROR) # g++ 12 and 13 see these three in inlined std::string and std::vector code that is right
+  list(APPEND warnings -Werror -Wno-error=array-bounds -Wno-error=stringop-overflow -Wno-error=restrict)
 endif()
 target_compile_options(corank_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${warnings}>")
 if(CORANK_ASAN)

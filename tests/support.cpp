@@ -1,5 +1,7 @@
 #include "tests/support.h"
 
+#include <torch/csrc/autograd/autograd.h>
+
 #include <cstdlib>
 #include <filesystem>
 
@@ -40,6 +42,21 @@ TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, c
 StepStats TrainingRun::step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm) {
   const StepParts parts{mesh, *model, *method, store, *optimizer, *reducer};
   return train_step(parts, batches, number, {learning_rate, max_grad_norm, seed});
+}
+
+double accumulate(TrainingRun& run, const StepBatches& batches) {
+  double loss = 0;
+  for (const Batch& on_host : batches.micro_batches) {
+    const Batch batch = on_host.to(run.mesh.device());
+    SegmentAttention attention(batch);
+    const at::Tensor h_ND = run.model->forward({batch, attention, run.mesh.tp(), true, run.seed, 1});
+    const at::Tensor part =
+        ops::cross_entropy(h_ND, batch.target_rows_M, batch.targets_M, run.model->head(), run.mesh.tp()) /
+        static_cast<double>(batches.num_targets);
+    torch::autograd::backward({part}, {});
+    loss += part.item<double>();
+  }
+  return loss;
 }
 
 std::string golden(const std::string& name) { return repository("tests/golden/" + name); }

@@ -39,6 +39,9 @@ struct TrainingRun {
   uint64_t seed;
 };
 
+/// Adds the gradients of a global batch to the store, without a step; returns its loss.
+double accumulate(TrainingRun& run, const StepBatches& batches);
+
 /// A path below tests/golden or the repository.
 std::string golden(const std::string& name);
 std::string repository(const std::string& name);

@@ -26,7 +26,9 @@ struct Embedding : torch::autograd::Function<Embedding> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor g = (grads[0] * saved[2].unsqueeze(1)).to(saved[0].scalar_type());
-    at::Tensor dw_VD = at::zeros(saved[0].sizes(), g.options()).index_add_(0, saved[1], g);
+    // Sums rows of equal tokens in a fixed order on every device; index_add_ would use atomics on CUDA.
+    at::Tensor dw_VD = at::embedding_dense_backward(g, saved[1], saved[0].size(0), /*padding_idx=*/-1,
+                                                    /*scale_grad_by_freq=*/false);
     return {dw_VD, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
