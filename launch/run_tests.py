@@ -72,8 +72,9 @@ def ctest():
     return passed, max(failed, 0 if lines else 1)
 
 
-def python_tests():
-    output = run([str(PYTHON), "tests/data_tools_test.py"], capture_output=True)
+def python_tests(script):
+    environment = {**os.environ, "CORANK_BIN": str(BUILD / "corank")}
+    output = run([str(PYTHON), script], capture_output=True, env=environment)
     ran = int((re.findall(r"^Ran (\d+) test", output.stderr, re.M) or ["0"])[0])
     bad = sum(int(n) for n in re.findall(r"(?:failures|errors)=(\d+)", output.stderr))
     if output.returncode or not ran:
@@ -98,7 +99,13 @@ def cuda_build():
 
 def main():
     count = Count()
-    for part, work in (("format", format_check), ("C++", ctest), ("Python tools", python_tests), ("CUDA build", cuda_build)):
+    for part, work in (
+        ("format", format_check),
+        ("C++", ctest),
+        ("commands", lambda: python_tests("tests/cli_test.py")),
+        ("Python tools", lambda: python_tests("tests/data_tools_test.py")),
+        ("CUDA build", cuda_build),
+    ):
         start = time.monotonic()
         count.add(part, *work(), time.monotonic() - start)
     print(f"{count.passed} passed, {count.failed} failed")

@@ -137,7 +137,7 @@ int run(int argc, char** argv) {
     the_world->finish();
     return passed ? 0 : 1;
   } catch (const c10::Error& error) {
-    say(test.get() + " threw: " + error.what_without_backtrace());
+    say(test.get() + " threw: " + error.what());
   } catch (const std::exception& error) {
     say(test.get() + " threw: " + error.what());
   }

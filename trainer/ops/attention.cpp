@@ -147,7 +147,9 @@ const Kernel& kernel_for(const at::Tensor& q, const Segments& segments) {
       cudnn{cudnn_forward, cudnn_backward}, flash{flash_forward, flash_backward};
   if (!q.is_cuda()) return cpu;
   if (q.scalar_type() != at::kBFloat16) return plain;
-  return segments.uniform() ? cudnn : flash;
+  // cuDNN's backward refuses some short or odd shapes; FlashAttention-2 takes every one.
+  const bool rectangular = segments.uniform() && segments.max_length % 64 == 0 && q.size(2) % 64 == 0;
+  return rectangular ? cudnn : flash;
 }
 
 struct Attention : torch::autograd::Function<Attention> {
