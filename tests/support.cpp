@@ -5,13 +5,17 @@
 #include <cstdlib>
 #include <filesystem>
 
+#ifdef CORANK_GPU_TEST
+#include <c10/cuda/CUDAFunctions.h>
+#endif
+
 namespace corank::test {
 namespace {
 
 std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger) {
 #ifdef CORANK_GPU_TEST
   if (world) return make_communicator("nccl", *world, ledger);
-  return make_solo_communicator(at::Device(at::kCUDA, 0), ledger);
+  return make_solo_communicator(at::Device(at::kCUDA, c10::cuda::current_device()), ledger);
 #else
   return world ? make_communicator("mpi", *world, ledger) : make_solo_communicator(at::kCPU, ledger);
 #endif

@@ -1,5 +1,6 @@
 #pragma once
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -81,6 +82,9 @@ inline void require(const at::Tensor& x, at::ScalarType dtype, int64_t numel, co
   TORCH_CHECK(x.is_cuda() && x.is_contiguous() && x.scalar_type() == dtype && x.numel() == numel, name,
               ": the kernel needs a contiguous CUDA tensor of ", numel, " ", dtype, ", not ", x.scalar_type(), " ",
               x.sizes(), " with strides ", x.strides(), " on ", x.device());
+  // Kernels start on the current device's stream: on another device's memory they would race or read nothing.
+  TORCH_CHECK(x.get_device() == c10::cuda::current_device(), name, ": on ", x.device(), ", but the current device is ",
+              static_cast<int>(c10::cuda::current_device()));
 }
 
 /// Rows of `width` values of T that begin where these tensors do consist of whole packs.
