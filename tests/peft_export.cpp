@@ -1,0 +1,35 @@
+// peft_export MODEL_DIR OUT_DIR: trains three steps on fixed tokens, writes OUT_DIR/adapter (PEFT folder) and
+// OUT_DIR/logits.safetensors for tests/golden/check_peft.py.
+#include <fmt/format.h>
+
+#include "data/file.h"
+#include "data/safetensors.h"
+#include "tests/support.h"
+#include "trainer/checkpoint.h"
+#include "trainer/generation.h"
+
+int main(int argc, char** argv) {
+  using namespace corank;
+  if (argc != 3) return 64;
+  ModelOptions options;
+  options.path = argv[1];
+  options.dtype = at::kFloat;
+  AdapterConfig config;
+  config.use_rslora = true;
+  config.rank_pattern = {{"q_proj", 4}, {"layers.1.mlp.down_proj", 6}};
+  config.alpha_pattern = {{"v_proj", 7}};
+  test::TrainingRun run(nullptr, 1, options, config);
+  const at::Tensor tokens = at::arange(3, 27, at::TensorOptions(at::kInt)) * 4 % 97;
+  StepBatches batches;
+  batches.micro_batches = {make_batch({{{tokens, at::ones({24}, at::TensorOptions(at::kByte))}}}, 0, 64)};
+  batches.num_targets = batches.micro_batches[0].num_targets();
+  batches.num_tokens = 24;
+  for (int64_t step = 1; step <= 3; ++step) run.step(batches, step, 1e-2);
+  const std::string out = argv[2];
+  write_peft_folder(out + "/adapter", collect_adapter(run.store, {"", config, argv[1]}, run.mesh.tp()));
+  const at::Tensor ids = tokens.to(at::kLong);
+  const at::Tensor logits =
+      all_logits(*run.model, {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + 24}, run.mesh.tp());
+  write_file_atomically(out + "/logits.safetensors", safetensors_image({{"tokens", ids}, {"logits", logits}}));
+  return 0;
+}
