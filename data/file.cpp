@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <openssl/evp.h>
 #include <spdlog/spdlog.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -194,5 +195,18 @@ void sync_folder(const std::string& path) {
   errno = error;
   if (result != 0) fail_storage(path, "the folder cannot be flushed to the disk");
 }
+
+FolderLock::FolderLock(const std::string& folder) : fd_(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+  if (fd_ >= 0 && flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
+  const int reason = errno;
+  if (fd_ >= 0) close(fd_);
+  if (reason == EWOULDBLOCK) {
+    throw ConfigError(folder +
+                      ": another run is using this folder. Wait for it, stop it, or choose another output_dir.");
+  }
+  throw StorageError(folder + ": cannot be locked: " + std::strerror(reason) + ".");
+}
+
+FolderLock::~FolderLock() { close(fd_); }
 
 }  // namespace corank

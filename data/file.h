@@ -50,6 +50,19 @@ class AtomicFile {
   Sha256 hash_;
 };
 
+/// Holds a folder for one process: flock on the folder itself, so that nothing is left behind. ConfigError if another
+/// process holds it. Released with the object or the process.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::string& folder);
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  int fd_;
+};
+
 /// mkdir -p; StorageError on failure.
 void make_folders(const std::string& path);
 /// fsync of a folder, so that a rename inside it is durable. StorageError on failure.

@@ -36,7 +36,7 @@ std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Pu
     if (ours || theirs) text += fmt::format("  {:<20} {:>16} {:>18}\n", name(purpose), grouped(ours), grouped(theirs));
   }
   text += fmt::format("  {:<20} {:>16} {:>18}", "total", grouped(total(run)), grouped(total(full)));
-  if (total(run) > 0)
+  if (total(run) > 0 && total(full) > total(run))
     text += fmt::format("   {:.1f} times less", static_cast<double>(total(full)) / static_cast<double>(total(run)));
   return text;
 }
@@ -54,6 +54,7 @@ std::string closing_text(Session& session, const std::map<Purpose, int64_t>& cou
     full[Purpose::weight_gradients] = at_or_zero(predicted_bytes(session, method, {}), Purpose::weight_gradients);
     text += bytes_table(counted, full) + "\n";
   }
+  if (run.model.path.empty()) return text + "use it: adapter.path=" + result_path(session);
   text += session.method().trains_base()
               ? fmt::format("use it: corank eval {} model.path={}", run.file, result_path(session))
               : fmt::format("use it: launch/chat {} --adapter {}", run.file, result_path(session));

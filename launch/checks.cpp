@@ -25,6 +25,16 @@ void check_layout(const RunConfig& run, int ranks) {
   }
 }
 
+/// A list entry that names no linear is a typing error that would silently train less.
+void require_every_target(const AdapterConfig& adapter, const std::vector<std::string>& linears) {
+  for (const std::string& name : adapter.target_modules.names) {
+    AdapterConfig one = adapter;
+    one.target_modules.names = {name};
+    one.exclude_modules = {};
+    select_targets(one, linears);
+  }
+}
+
 int64_t check_tokens(const std::string& path, int64_t vocab_size) {
   if (path.empty()) return 0;
   const TokenFile file(path);
@@ -46,6 +56,7 @@ CheckedInputs check_inputs(const RunConfig& run, int ranks) {
   result.base_parameters = num_base_parameters(*model);
   std::vector<std::string> linears;
   for (const AdaptedLinear* linear : model->linears()) linears.push_back(linear->name());
+  require_every_target(run.adapter, linears);
   AdapterConfig adapter = run.adapter;
   if (!adapter.path.empty()) {
     adapter = merge_with_file(adapter, run.adapter_keys, read_adapter(adapter.path).config, linears);

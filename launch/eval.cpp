@@ -19,6 +19,9 @@ int run_eval(const CommandLine& line, const World& world) {
   if (run.data.eval.empty()) throw ConfigError(run.file + ": data.eval: names no token file.");
   check_inputs_together(run, world);
   Session session(run, world);
+  if (session.leader() && run.adapter.path.empty()) {
+    fmt::print(stderr, "evaluating the base model: adapter.path names no adapter\n");
+  }
   const Mesh& mesh = session.mesh();
   const TokenFile file(run.data.eval);
   const auto batches = evaluation_batches(file, run.loader_options(mesh.dp().rank(), mesh.dp().size()));

@@ -1,3 +1,4 @@
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -5,6 +6,7 @@
 #include <chrono>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <thread>
 
 #include "configs/error.h"
@@ -88,6 +90,10 @@ int main(int argc, char** argv) {
     return run(chosen, &argc, &argv);
   } catch (const corank::Error& e) {
     end(chosen, e.code(), e.what());
+  } catch (const std::filesystem::filesystem_error& e) {
+    end(chosen, corank::ExitCode::storage, e.what());
+  } catch (const c10::Error& e) {
+    end(chosen, corank::ExitCode::internal, e.what_without_backtrace());
   } catch (const std::exception& e) {
     end(chosen, corank::ExitCode::internal, e.what());
   }

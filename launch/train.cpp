@@ -49,13 +49,15 @@ TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Con
   if (run.resume == "never") return {};
   const auto path = run.resume == "auto" ? checkpoints.newest() : std::optional(run.resume);
   if (!path) return {};
+  for (const std::string& damaged : checkpoints.passed_over()) console.say("passed over " + damaged);
   const TrainingState state = checkpoints.load(*path);
   console.say(fmt::format("resuming from {} after step {}", *path, state.step));
   return state;
 }
 
-/// Claims output_dir for this run: refuses one that holds another run, and leaves run.yaml.
-void claim_output(const RunConfig& run, const RunIdentity& identity) {
+/// Claims output_dir for this run: refuses one that holds another run or that another process is using, and leaves
+/// run.yaml.
+std::unique_ptr<FolderLock> claim_output(const RunConfig& run, const RunIdentity& identity) {
   const std::string path = run.output_dir + "/run.yaml", mark = "# identity: " + identity.hash + "\n";
   if (fs::exists(path) && !read_file(path).starts_with(mark)) {
     throw ConfigError(
@@ -64,7 +66,9 @@ void claim_output(const RunConfig& run, const RunIdentity& identity) {
                     run.output_dir));
   }
   make_folders(run.output_dir);
+  auto lock = std::make_unique<FolderLock>(run.output_dir);
   write_file_atomically(path, mark + run.yaml());
+  return lock;
 }
 
 struct Outcome {
@@ -80,7 +84,8 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
   GradReducer reducer(mesh, session.store().gradients_of(GradientScope::everywhere),
                       session.store().gradients_of(GradientScope::data), session.method().gradient_purpose());
   const RunIdentity identity = session.identity(data);
-  on_rank_0(mesh.world(), [&] { claim_output(run, identity); });
+  std::unique_ptr<FolderLock> lock;  // rank 0's
+  on_rank_0(mesh.world(), [&] { lock = claim_output(run, identity); });
   Checkpoints checkpoints(run.output_dir, identity, run.save_total_limit, mesh, session.store(), optimizer);
 
   Loader loader(data, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
@@ -91,7 +96,15 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
     eval_batches = evaluation_batches(*eval_file, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
   }
   const int64_t total = total_steps(run, loader);
+  if (const int64_t cut = Sampler(data, run.loader_options(0, 1).sampler).num_truncated(); cut > 0) {
+    console.say(fmt::format("{} of {} samples are longer than data.seq_len {} and are cut at their end", grouped(cut),
+                            grouped(data.size()), run.data.seq_len));
+  }
   console.introduce(session, world, threads);
+  const auto predicted = predicted_bytes(session, run.adapter, {});
+  const auto gradients = predicted.find(session.method().gradient_purpose());
+  console.say(fmt::format("bytes a step: {} of gradients from each rank",
+                          human_bytes(gradients == predicted.end() ? 0 : gradients->second)));
   const TrainingState start = starting_point(checkpoints, run, console);
   std::unique_ptr<Observer> metrics;
   if (session.leader()) metrics = metrics_file(run.output_dir + "/metrics.jsonl", start.step);

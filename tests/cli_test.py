@@ -84,6 +84,9 @@ class Refusals(Case):
     def test_targets_that_match_nothing(self):
         self.refuse(self.train("adapter.target_modules=[q_pro]"), 64, "target_modules", "q_pro", "q_proj")
 
+    def test_one_target_that_matches_nothing(self):
+        self.refuse(self.train("adapter.target_modules=[q_proj,zzz]"), 64, "target_modules", "zzz")
+
     def test_targets_that_are_no_linear(self):
         self.refuse(self.train("adapter.target_modules=[q_proj,lm_head]"), 64, "lm_head")
 
@@ -278,7 +281,27 @@ class Runs(Case):
         data = bytearray(state.read_bytes())
         data[len(data) // 2] ^= 1
         state.write_bytes(data)
-        self.assertIn("checkpoint-3 after step 3", self.succeed(self.train("train.max_steps=4", "save_steps=1")))
+        (self.out / "checkpoint-99999999999999999999999").mkdir()
+        text = self.succeed(self.train("train.max_steps=4", "save_steps=1"))
+        self.assertIn("checkpoint-3 after step 3", text)
+        self.assertIn("passed over", text)
+
+    def test_second_run_into_one_folder_is_refused(self):
+        first = subprocess.Popen([CORANK, "train", TINY, f"output_dir={self.out}", "train.max_steps=100000"], cwd=ROOT,
+                                 env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        try:
+            while not first.stdout.readline().startswith("step "):
+                self.assertIsNone(first.poll())
+            second = self.train("train.max_steps=100000")
+            self.assertEqual(second.returncode, 64)
+            self.assertIn("another run is using this folder", second.stderr)
+        finally:
+            first.kill()
+            first.stdout.close()
+            first.wait()
+
+    def test_samples_that_are_cut_are_counted(self):
+        self.assertIn("are cut at their end", self.succeed(self.train("train.max_steps=1", "data.seq_len=20")))
 
     def test_adapter_path_brings_its_settings(self):
         self.succeed(self.train("train.max_steps=3", "adapter.r=4"))

@@ -27,7 +27,7 @@ std::vector<int64_t> checkpoint_steps(const std::string& folder) {
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
     const std::string prefix = "checkpoint-";
-    if (!name.starts_with(prefix) || name.size() == prefix.size()) continue;
+    if (!name.starts_with(prefix) || name.size() == prefix.size() || name.size() > prefix.size() + 18) continue;
     const std::string digits = name.substr(prefix.size());
     if (digits.find_first_not_of("0123456789") == std::string::npos) steps.push_back(std::stoll(digits));
   }
@@ -99,7 +99,10 @@ std::optional<std::string> Checkpoints::newest() {
     for (const int64_t step : checkpoint_steps(folder_)) {
       std::string why;
       const auto manifest = verify_checkpoint(path_of(folder_, step), why);
-      if (!manifest) continue;
+      if (!manifest) {
+        passed_over_.push_back(fmt::format("{}: {}", path_of(folder_, step), why));
+        continue;
+      }
       if (manifest->identity != identity_.hash) {
         throw ConfigError(
             fmt::format("output_dir: {} belongs to another run (its checkpoints were made with other settings or "
@@ -115,6 +118,7 @@ std::optional<std::string> Checkpoints::newest() {
 }
 
 TrainingState Checkpoints::load(const std::string& path) {
+  if (!fs::exists(path)) throw MissingError(path + ": no such checkpoint.");
   std::string why;
   const auto manifest = verify_checkpoint(path, why);
   if (!manifest) throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));

@@ -38,6 +38,8 @@ class Checkpoints {
   /// Collective over the world. The newest checkpoint of output_dir whose manifest and hashes verify, agreed by all
   /// ranks. ConfigError if it belongs to another run.
   std::optional<std::string> newest();
+  /// Newer folders that newest() could not use, with the reason; known on rank 0.
+  const std::vector<std::string>& passed_over() const { return passed_over_; }
   /// Collective over the world. Loads parameters and moments from the folder. InputError or ConfigError (another run).
   TrainingState load(const std::string& path);
 
@@ -48,6 +50,7 @@ class Checkpoints {
   const Mesh& mesh_;
   ParameterStore& store_;
   Optimizer& optimizer_;
+  std::vector<std::string> passed_over_;
 };
 
 /// What manifest.json says, after its files' sizes and hashes were verified. nullopt (with the reason in `why`)
