@@ -17,8 +17,9 @@ struct Segments {
 
 /// Causal attention inside each segment, none across. q_NHd, k_NKd, v_NKd with H a multiple of K (grouped queries,
 /// arXiv 2305.13245). Returns [N, H * d] in the input's dtype. Kept for backward: q, k, v, the output and its
-/// log-sum-exp. CPU: ATen's flash kernel per segment. CUDA: cuDNN where segments are uniform, FlashAttention-2 where
-/// they are not (both bfloat16); float32 and float64: the plain formula, segment by segment.
+/// log-sum-exp. CPU: ATen's flash kernel per segment. CUDA in bfloat16: cuDNN where segments are uniform and their
+/// length and the head size are multiples of 64, else FlashAttention-2; in float32 and float64 the plain formula,
+/// segment by segment.
 at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
                      const Segments& segments, double scale);
 
