@@ -8,7 +8,7 @@ endif()
 target_compile_options(corank_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${warnings}>")
 if(CORANK_ASAN)
   target_compile_options(corank_options INTERFACE
-    "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address,undefined;-fno-sanitize=vptr;-fno-omit-frame-pointer>")
+    "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address,undefined;-fno-sanitize=vptr;-fno-omit-frame-pointer;-Wno-maybe-uninitialized>")
   target_link_options(corank_options INTERFACE -fsanitize=address,undefined)
 endif()
 if(CORANK_CUDA)

@@ -250,6 +250,17 @@ Node& entry_of(Node& map, const std::string& key, const std::string& setting) {
   return made;
 }
 
+/// Takes the key away that `setting` names: null stands for what the file does not say.
+void remove_entry(Node& root, const std::vector<std::string>& parts, const std::string& setting) {
+  Node* map = &root;
+  for (size_t i = 0; map && i + 1 < parts.size(); ++i) map = map->find(parts[i]);
+  if (!map || !map->find(parts.back())) {
+    throw ConfigError(command_line().name + ": " + printable(setting) +
+                      ": null removes a key, and the file has no such key.");
+  }
+  std::erase_if(map->children, [&](const Node& child) { return child.key == parts.back(); });
+}
+
 void lay_over(Node& root, const std::string& setting, std::set<std::string>& seen) {
   const auto refuse = [&](const std::string& message) {
     throw ConfigError(command_line().name + ": " + printable(setting) + ": " + message + ".");
@@ -264,14 +275,15 @@ void lay_over(Node& root, const std::string& setting, std::set<std::string>& see
   const std::string text = setting.substr(equals + 1);
   if (text.empty()) refuse("no value; an empty text is written " + path + "=\"\"");
 
-  Node* node = &root;
-  for (const std::string& part : parts) node = &entry_of(*node, part, setting);
   Node value;
   try {
     value = parse_tree(text, command_line());
   } catch (const ConfigError& error) {
     refuse("the value cannot be read: " + std::string(error.what()));
   }
+  if (value.kind == Node::Kind::null) return remove_entry(root, parts, setting);
+  Node* node = &root;
+  for (const std::string& part : parts) node = &entry_of(*node, part, setting);
   value.key = node->key;
   value.place = command_line().name;
   *node = std::move(value);

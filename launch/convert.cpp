@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
 #include "configs/error.h"
 #include "data/file.h"
@@ -17,6 +18,7 @@ namespace fs = std::filesystem;
 
 struct Arguments {
   std::string input, output, as = "peft";
+  bool json = false;
 };
 
 void refuse_own_input(const Arguments& a) {
@@ -28,6 +30,15 @@ void refuse_own_input(const Arguments& a) {
   }
 }
 
+/// What was written: one JSON object, or a sentence.
+void report(const Arguments& a, const AdapterFile& adapter, const std::string& text) {
+  const nlohmann::json object{{"path", a.output},
+                              {"tensors", adapter.tensors.size()},
+                              {"r", adapter.config.r},
+                              {"lora_alpha", adapter.config.lora_alpha}};
+  fmt::print("{}\n", a.json ? object.dump() : text);
+}
+
 int run_export(const Arguments& a) {
   refuse_own_input(a);
   std::string why;
@@ -37,10 +48,12 @@ int run_export(const Arguments& a) {
   const AdapterFile adapter = read_adapter(a.input);
   write_peft_folder(a.output, adapter);
   const bool patterns = !adapter.config.rank_pattern.empty() || !adapter.config.alpha_pattern.empty();
-  fmt::print("{}: {} tensors. PEFT and transformers load it as it is; {}\n", a.output, adapter.tensors.size(),
-             patterns
-                 ? "consumers that know one rank for all modules (vLLM, S-LoRA) do not read its rank or alpha pattern."
-                 : "so do consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) up to their largest rank.");
+  const char* consumers =
+      patterns ? "consumers that know one rank for all modules (vLLM, S-LoRA) do not read its rank or alpha pattern."
+               : "so do consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) up to their largest rank.";
+  report(a, adapter,
+         fmt::format("{}: {} tensors. PEFT and transformers load it as it is; {}", a.output, adapter.tensors.size(),
+                     consumers));
   return 0;
 }
 
@@ -49,8 +62,9 @@ int run_import(const Arguments& a) {
   refuse_own_input(a);
   const AdapterFile adapter = read_adapter(a.input);
   write_file_atomically(a.output, adapter_h5_image(adapter));
-  fmt::print("{}: {} tensors, rank {}, alpha {}\n", a.output, adapter.tensors.size(), adapter.config.r,
-             adapter.config.lora_alpha);
+  report(a, adapter,
+         fmt::format("{}: {} tensors, rank {}, alpha {}", a.output, adapter.tensors.size(), adapter.config.r,
+                     adapter.config.lora_alpha));
   return 0;
 }
 
@@ -62,6 +76,7 @@ std::function<int(const World*)> declare_export(CLI::App& app) {
   app.add_option("--out", a->output, "folder to write")->required();
   app.add_option("--as", a->as, "peft, or plain-lora for consumers that take nothing else (the same for LoRA)")
       ->check(CLI::IsMember({"peft", "plain-lora"}));
+  app.add_flag("--json", a->json, "one JSON object");
   return [a](const World*) { return run_export(*a); };
 }
 
@@ -69,6 +84,7 @@ std::function<int(const World*)> declare_import(CLI::App& app) {
   auto a = std::make_shared<Arguments>();
   app.add_option("peft_dir", a->input, "PEFT folder")->required();
   app.add_option("--out", a->output, "adapter file to write, .h5")->required();
+  app.add_flag("--json", a->json, "one JSON object");
   return [a](const World*) { return run_import(*a); };
 }
 

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "launch/commands.h"
@@ -27,8 +28,8 @@ int run_generate(const Arguments& a, const World& world) {
   Session session(run, world);
   for (const int64_t token : a.prompt) {
     if (token >= 0 && token < session.model().vocab_size()) continue;
-    throw InputError(fmt::format("--prompt-tokens: {} is not in the model's vocabulary [0, {}).", token,
-                                 session.model().vocab_size()));
+    throw ConfigError(fmt::format("--prompt-tokens: {} is not in the model's vocabulary [0, {}).", token,
+                                  session.model().vocab_size()));
   }
   const auto tokens = generate(session.model(), a.prompt, a.options, session.mesh().tp());
   if (!session.leader()) return 0;
@@ -41,7 +42,10 @@ int run_generate(const Arguments& a, const World& world) {
 std::function<int(const World*)> declare_generate(CLI::App& app) {
   auto a = std::make_shared<Arguments>();
   add_run_options(app, *a);
-  app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated")->required()->delimiter(',');
+  app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated")
+      ->required()
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{0}, std::numeric_limits<int64_t>::max()));
   app.add_option("--max-new-tokens", a->options.max_new_tokens, "tokens to add at most")->check(CLI::PositiveNumber);
   app.add_option("--temperature", a->options.temperature, "0: greedy")->check(CLI::NonNegativeNumber);
   app.add_option("--top-p", a->options.top_p, "nucleus sampling")->check(CLI::Range(0.0, 1.0));

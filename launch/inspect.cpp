@@ -73,12 +73,33 @@ ordered_json inspect_model(const std::string& path) {
   return result;
 }
 
+[[noreturn]] void point_into_output(const std::string& path) {
+  std::vector<std::string> inside;
+  for (const auto& entry : fs::directory_iterator(path)) {
+    const std::string name = entry.path().filename().string();
+    if (name == "adapter" || name == "model" || name.starts_with("checkpoint-"))
+      inside.push_back(entry.path().string());
+  }
+  std::sort(inside.begin(), inside.end());
+  throw ConfigError(fmt::format("{}: the output folder of a run. Inspect one thing in it: {}.", path,
+                                inside.empty() ? "nothing yet" : fmt::format("{}", fmt::join(inside, ", "))));
+}
+
+ordered_json inspect_h5(const std::string& path) {
+  const h5::Reader file(path);
+  if (file.has("tokens")) return inspect_tokens(path);
+  if (file.has_attribute("format") && file.attribute_string("format") == "corank-state") {
+    throw ConfigError(path + ": the optimizer's state. Inspect the checkpoint folder that it is in.");
+  }
+  return inspect_adapter(path);
+}
+
 ordered_json inspect(const std::string& path) {
   if (!fs::exists(path)) throw MissingError(path + ": no such file or folder.");
   if (fs::exists(fs::path(path) / "manifest.json")) return inspect_checkpoint(path);
   if (fs::exists(fs::path(path) / "adapter_config.json")) return inspect_adapter(path);
-  if (fs::is_directory(path)) return inspect_model(path);
-  return h5::Reader(path).has("tokens") ? inspect_tokens(path) : inspect_adapter(path);
+  if (fs::exists(fs::path(path) / "run.yaml")) point_into_output(path);
+  return fs::is_directory(path) ? inspect_model(path) : inspect_h5(path);
 }
 
 void print_text(const ordered_json& result) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "data/file.h"
 #include "launch/bytes_table.h"
@@ -55,15 +56,26 @@ TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Con
   return state;
 }
 
+/// Settings of this run that the run.yaml of another does not hold, for a message.
+std::string differing(const RunConfig& run, const std::string& other) {
+  std::vector<std::string> lines;
+  std::istringstream settings(run.result_settings());
+  for (std::string line; std::getline(settings, line);) {
+    if (other.find("\n" + line + "\n") == std::string::npos) lines.push_back(line.substr(line.find_first_not_of(' ')));
+  }
+  return lines.empty() ? "other data or another model" : fmt::format("now {}", fmt::join(lines, ", "));
+}
+
 /// Claims output_dir for this run: refuses one that holds another run or that another process is using, and leaves
 /// run.yaml.
 std::unique_ptr<FolderLock> claim_output(const RunConfig& run, const RunIdentity& identity) {
   const std::string path = run.output_dir + "/run.yaml", mark = "# identity: " + identity.hash + "\n";
-  if (fs::exists(path) && !read_file(path).starts_with(mark)) {
+  const std::string other = fs::exists(path) ? read_file(path) : mark;
+  if (!other.starts_with(mark)) {
     throw ConfigError(
-        fmt::format("output_dir: {} holds another run (other settings or data; its settings are in run.yaml). Choose "
-                    "another output_dir or remove it.",
-                    run.output_dir));
+        fmt::format("output_dir: {} holds another run ({}; its settings are in run.yaml). Choose another output_dir or "
+                    "remove it; to train on from its result, name that in adapter.path.",
+                    run.output_dir, differing(run, other)));
   }
   make_folders(run.output_dir);
   auto lock = std::make_unique<FolderLock>(run.output_dir);

@@ -40,7 +40,7 @@ std::function<int(const World*)> declare_validate(CLI::App& app) {
   auto a = std::make_shared<Arguments>();
   add_run_options(app, *a);
   app.add_option("--ranks", a->ranks, "number of ranks to check for (default: parallel.tensor)")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(1, 1 << 20));
   return [a](const World*) { return run_validate(*a); };
 }
 

@@ -115,7 +115,7 @@ class Refusals(Case):
         before = sorted(self.out.rglob("*"))
         result = self.train("train.max_steps=2", "adapter.r=4")
         self.assertEqual(result.returncode, 64)
-        self.assertIn("holds another run", result.stderr)
+        self.assertIn("holds another run (now r: 4;", result.stderr)
         self.assertEqual(sorted(self.out.rglob("*")), before)
 
 
@@ -338,7 +338,8 @@ class Runs(Case):
         self.succeed(corank("export", self.out / "checkpoint-2", "--out", exported))
         self.assertEqual((exported / "adapter_model.safetensors").read_bytes(), adapter_bytes(self.out))
         self.assertEqual((exported / "adapter_config.json").read_text(), (self.out / "adapter/adapter_config.json").read_text())
-        self.succeed(corank("import", exported, "--out", imported))
+        report = json.loads(self.succeed(corank("import", exported, "--out", imported, "--json")))
+        self.assertEqual((report["path"], report["tensors"], report["r"]), (str(imported), 28, 8))
         again = self.folder / "again"
         self.succeed(corank("export", imported, "--out", again))
         self.assertEqual((again / "adapter_model.safetensors").read_bytes(), adapter_bytes(self.out))
@@ -346,6 +347,10 @@ class Runs(Case):
                            ("configs/tiny/train.h5", "tokens"), ("tests/golden/llama/model", "model")):
             self.assertEqual(json.loads(self.succeed(corank("inspect", path, "--json")))["kind"], kind)
         checkpoint = self.out / "checkpoint-2"
+        for path, word in ((self.out, "checkpoint-2"), (checkpoint / "state.h5", "checkpoint folder")):
+            result = corank("inspect", path)
+            self.assertEqual(result.returncode, 64)
+            self.assertIn(word, result.stderr)
         self.assertEqual(corank("export", checkpoint, "--out", checkpoint).returncode, 64)
 
     def test_generate_continues_greedily_in_every_layout(self):
@@ -353,7 +358,8 @@ class Runs(Case):
         self.assertEqual(len(first["tokens"]), 8)
         split = corank("generate", TINY, "parallel.tensor=4", "--prompt-tokens", "97,98,61", "--max-new-tokens", 8, "--json", ranks=4)
         self.assertEqual(json.loads(self.succeed(split)), first)
-        self.assertEqual(corank("generate", TINY, "--prompt-tokens", "256").returncode, 65)
+        for bad in ("256", "-1", ""):
+            self.assertEqual(corank("generate", TINY, "--prompt-tokens", bad).returncode, 64, bad)
 
     def test_bench_comm_predicts_what_is_counted(self):
         for ranks, tensor in ((2, 1), (2, 2), (4, 2)):

@@ -232,6 +232,17 @@ TEST(Reader, OverridesLaidOverNothing) {
   EXPECT_EQ(Section::parse("", "run.yaml", {"a.b=3"}).section("a").get<int64_t>("b"), 3);
 }
 
+TEST(Reader, NullTakesAKeyAway) {
+  const std::string file = "train:\n  max_steps: 1\n  seed: 2\n";
+  const Section run = Section::parse(file, "run.yaml", {"train.max_steps=null"});
+  EXPECT_FALSE(run.section("train").has("max_steps"));
+  EXPECT_EQ(run.section("train").get<int64_t>("seed"), 2);
+  for (const char* bad : {"train.steps=null", "train.max_steps.deeper=~", "model.path=null"}) {
+    const std::string text = config_error([&] { Section::parse(file, "run.yaml", {bad}); });
+    EXPECT_NE(text.find("no such key"), std::string::npos) << text;
+  }
+}
+
 TEST(Reader, OverridesAreCheckedLikeTheFile) {
   const auto message = [](const Strings& overrides) {
     return config_error([&] { Section::parse("train:\n  seed: 1\n", "run.yaml", overrides).done(); });

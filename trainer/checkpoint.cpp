@@ -73,24 +73,35 @@ void Checkpoints::save(const TrainingState& state) {
   const NamedTensors exp_avg_sq = store_.gather(optimizer_.exp_avg_sq(), mesh_.tp());
   on_rank_0(mesh_.world(), [&] {
     const std::string path = path_of(folder_, state.step);
-    fs::remove_all(path);  // what a crash left, or the same step of an earlier attempt
-    make_folders(path);
-    const std::string images[] = {adapter_h5_image(adapter), state_image(state, identity_.hash, exp_avg, exp_avg_sq)};
-    json files;
-    for (int i = 0; i < 2; ++i) {
-      write_file_atomically(path + "/" + kFiles[i], images[i]);
-      files[kFiles[i]] = describe(images[i]);
+    try {
+      write(path, state, adapter_h5_image(adapter), state_image(state, identity_.hash, exp_avg, exp_avg_sq));
+    } catch (...) {
+      std::error_code ignored;
+      fs::remove_all(path, ignored);  // nothing half-written stays, e.g. on a full disk
+      throw;
     }
-    const json manifest{{"format", "corank-checkpoint"},  {"version", 1},   {"step", state.step},
-                        {"identity", identity_.hash},     {"files", files}, {"base_model", identity_.base_model},
-                        {"libraries", library_versions()}};
-    write_file_atomically(path + "/manifest.json", manifest.dump(2) + "\n");
-    sync_folder(folder_);
-    std::string why;
-    if (!verify_checkpoint(path, why)) throw StorageError(path + ": " + why + " right after it was written.");
     const std::vector<int64_t> steps = checkpoint_steps(folder_);
     for (size_t i = static_cast<size_t>(keep_); i < steps.size(); ++i) fs::remove_all(path_of(folder_, steps[i]));
   });
+}
+
+void Checkpoints::write(const std::string& path, const TrainingState& state, const std::string& adapter,
+                        const std::string& moments) const {
+  fs::remove_all(path);  // what a crash left, or the same step of an earlier attempt
+  make_folders(path);
+  const std::string* images[] = {&adapter, &moments};
+  json files;
+  for (int i = 0; i < 2; ++i) {
+    write_file_atomically(path + "/" + kFiles[i], *images[i]);
+    files[kFiles[i]] = describe(*images[i]);
+  }
+  const json manifest{{"format", "corank-checkpoint"},  {"version", 1},   {"step", state.step},
+                      {"identity", identity_.hash},     {"files", files}, {"base_model", identity_.base_model},
+                      {"libraries", library_versions()}};
+  write_file_atomically(path + "/manifest.json", manifest.dump(2) + "\n");
+  sync_folder(folder_);
+  std::string why;
+  if (!verify_checkpoint(path, why)) throw StorageError(path + ": " + why + " right after it was written.");
 }
 
 std::optional<std::string> Checkpoints::newest() {

@@ -44,6 +44,9 @@ class Checkpoints {
   TrainingState load(const std::string& path);
 
  private:
+  void write(const std::string& path, const TrainingState& state, const std::string& adapter,
+             const std::string& moments) const;
+
   std::string folder_;
   RunIdentity identity_;
   int64_t keep_;
