@@ -167,7 +167,8 @@ def load_model(folder):
 
 
 def file_name(name):
-    return name.replace(".default", "")
+    name = name.replace(".default", "").replace(".modules_to_save", "")
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def trainable(model):
@@ -258,8 +259,8 @@ def make_schedule(optimizer, training):
         optimizer, training["warmup_steps"], training["max_steps"])
 
 
-def train(model, samples, training):
-    optimizer = make_optimizer(model, training)
+def train(model, samples, training, make=make_optimizer):
+    optimizer = make(model, training)
     schedule = make_schedule(optimizer, training)
     losses, rates, norms = [], [], []
     for _ in range(training["steps"]):
@@ -273,10 +274,10 @@ def train(model, samples, training):
             f"grad_norms_{n}": doubles(norms)}
 
 
-def one_step(model, samples):
+def one_step(model, samples, make=make_optimizer):
     model = copy.deepcopy(model)
     loss_and_gradients(model, samples)
-    make_optimizer(model, TRAINING).step()
+    make(model, TRAINING).step()
     return {name: p.detach() for name, p in trainable(model).items()}
 
 
@@ -313,13 +314,13 @@ def write_tensors(path, tensors):
 
 # Cases
 
-def adapter_reference(model, samples):
-    out = {f"logits.{i}": run_sample(model, samples[i]) for i in LOGITS_OF}
+def adapter_reference(model, samples, logits_of=LOGITS_OF, make=make_optimizer):
+    out = {f"logits.{i}": run_sample(model, samples[i]) for i in logits_of}
     out["loss"] = doubles([loss_and_gradients(model, samples)])
     out["grad_norm"] = doubles([gradient_norm(model)])
     out |= prefixed("grad", gradients(model))
-    out |= prefixed("after_1", one_step(model, samples))
-    return out | train(model, samples, TRAINING)
+    out |= prefixed("after_1", one_step(model, samples, make))
+    return out | train(model, samples, TRAINING, make)
 
 
 def full_reference(model, samples):
