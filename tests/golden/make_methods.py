@@ -31,6 +31,32 @@ adapter_final/ is the folder that PEFT saves after step 20. schedule.json has
                           after update_and_allocate, "margin": only where masked: (score of the
                           worst kept triplet - threshold) / threshold
   "rank_pattern"          of the configuration after step 20
+
+allocator_0.json, allocator_1.json: PEFT's allocator alone over 50 steps, for two settings: "config"
+and what adalora/schedule.json has. Modules 0, 1, 2 have (in, out) features
+(20, 28), (32, 12), (16, 40), rank 6. Before update_and_allocate(t) every tensor and its gradient
+are set by the formula of make_golden.py's smollm2 case (closed_formula(shape, number, c)):
+  p     number 1001 + 20 t + n, c = 2^-10     n = 3 * module + {lora_A: 0, lora_B: 1, lora_E: 2}
+  grad  number 50000 + 20 t + n, c = 2^-12    A [6, in], B [out, 6], E [6, 1], flat row-major
+E keeps no memory of the mask, being set anew; steps that mask nothing have no "kept".
+
+single_layers.safetensors, single_layers.json (the scalars): one layer with bias, in PEFT, by
+  x [17, 40], W [48, 40], b [48], g [17, 48], A [6, 40], B [48, 6], m [48], E [6, 1], mask [17, 40]
+All F32. loss = sum(g * y); d<name> are its gradients. "lora.", "dora.", "adalora." are computed by
+PEFT's layers in double and rounded to F32:
+  lora.y, .dA, .dB, .dx       scaling alpha / r; lora_dropout.* with dropout: x * mask / (1 - p)
+  dora.y, .dA, .dB, .dm, .dx  with magnitude m; dora.n [48]: norms; dora_dropout.*: with dropout
+  adalora.y, .dA, .dB, .dE, .dx; adalora.regulariser F64 [1] (times orth_reg_weight, over A and B
+                              of this one layer), .regulariser.dA, .regulariser.dB
+  initial.m F32               magnitude that PEFT starts with: B = 0, fp32 W
+  initial.m_bf16 F32          the same for W in bf16 (rounded to bf16, stored as float)
+  initial.m_nonzero, initial.m_nonzero_bf16   where A and B start as given here (PEFT rounds
+                              them to bf16 with a bf16 base)
+bf16.lora.*, bf16.dora.*, bf16.dora_dropout.*, bf16.adalora.*: PEFT as it runs with a bf16 base: x,
+W, b, g rounded to bf16, adapter F32; y and dx BF16, the other gradients F32.
+merged.lora, merged.dora, merged.adalora [48, 40]: weights after PEFT's merge, fp32 throughout;
+unmerged.*: after unmerge; bf16.merged.*, bf16.unmerged.* BF16: the same with a bf16 base;
+bf16.safe_merged.*: with safe_merge.
 """
 
 import argparse
@@ -39,6 +65,7 @@ import copy
 import json
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import make_golden as golden
@@ -48,7 +75,7 @@ import safetensors
 import torch
 import transformers
 from make_golden import doubles, prefixed, trainable, write_json, write_tensors
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 
 HERE = Path(__file__).resolve().parent
 LOGITS_OF = [0, 11]
@@ -273,12 +300,198 @@ def make_adalora(out):
     write_schedule(folder / "schedule.json", schedule)
 
 
+# AdaLoRA's allocator
+
+ALLOCATOR_SHAPES = [(20, 28), (32, 12), (16, 40)]
+ALLOCATOR_CONFIGS = [
+    dict(init_r=6, target_r=2, total_step=50, tinit=5, tfinal=8, deltaT=3, beta1=0.85, beta2=0.85),
+    dict(init_r=6, target_r=1, total_step=50, tinit=0, tfinal=0, deltaT=1, beta1=0.9, beta2=0.6),
+]
+
+
+def set_by_formula(model, step):
+    with torch.no_grad():
+        for name, value in trainable(model).items():
+            module, tensor = name.removeprefix("base_model.model.").split(".")
+            n = 20 * step + 3 * int(module) + ["lora_A", "lora_B", "lora_E"].index(tensor)
+            value.copy_(golden.closed_formula(value.shape, 1001 + n, 2.0 ** -10))
+            value.grad = golden.closed_formula(value.shape, 50000 + n, 2.0 ** -12)
+
+
+def allocator_trace(config):
+    layers = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in ALLOCATOR_SHAPES))
+    model = get_peft_model(layers, AdaLoraConfig(target_modules=["0", "1", "2"], **config))
+    watch, rows = Watch(model), []
+    for step in range(1, config["total_step"] + 1):
+        set_by_formula(model, step)
+        row = watch.step(step)
+        if "0" not in "".join(row["kept"]):
+            del row["kept"]
+        rows.append(row)
+    pattern = model.peft_config["default"].rank_pattern
+    return {"config": config} | watch.summary(rows, pattern)
+
+
+def make_allocator(out):
+    for number, config in enumerate(ALLOCATOR_CONFIGS):
+        write_schedule(out / f"allocator_{number}.json", allocator_trace(config))
+
+
+# One layer
+
+LAYER = {"k": 40, "d": 48, "r": 6, "alpha": 9, "p": 0.25, "adalora_alpha": 16,
+         "orth_reg_weight": 0.5}
+
+
+class Masked(torch.nn.Module):
+    """Stands for dropout with a given mask."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return x * (self.mask / (1 - LAYER["p"])).to(x.dtype)
+
+
+def layer_given():
+    generator = torch.Generator().manual_seed(103)
+    k, d, r = (LAYER[n] for n in "kdr")
+    shapes = {"x": (17, k), "W": (d, k), "b": (d,), "g": (17, d), "A": (r, k), "B": (d, r)}
+    given = {n: normal(generator, shape, 0.5) for n, shape in shapes.items()}
+    n = torch.linalg.norm(given["W"] + LAYER["alpha"] / r * given["B"] @ given["A"], dim=1)
+    given["m"] = n * (1 + normal(generator, (d,), 0.1))
+    given["E"] = normal(generator, (r, 1), 0.5)
+    given["mask"] = (torch.rand(17, k, generator=generator) >= LAYER["p"]).float()
+    return given
+
+
+def layer_config(method):
+    if method == "adalora":
+        return AdaLoraConfig(target_modules=["0"], init_r=LAYER["r"], total_step=10,
+                             lora_alpha=LAYER["adalora_alpha"],
+                             orth_reg_weight=LAYER["orth_reg_weight"])
+    return LoraConfig(target_modules=["0"], r=LAYER["r"], lora_alpha=LAYER["alpha"],
+                      use_dora=method == "dora")
+
+
+def base_layer(given, base):
+    layer = torch.nn.Sequential(torch.nn.Linear(LAYER["k"], LAYER["d"]))
+    with torch.no_grad():
+        layer[0].weight.copy_(given["W"])
+        layer[0].bias.copy_(given["b"])
+    return layer.to(base)
+
+
+def make_layer(given, method, base=torch.float32, adapter=torch.float32):
+    """PEFT's layer on a base of one dtype, its adapter of another."""
+    model = get_peft_model(base_layer(given, base), layer_config(method))
+    for name, value in model.named_parameters():
+        if "ranknum" in name:
+            value.requires_grad_(False)  # PEFT 0.21 lets it train where the base isn't fp32
+            value.data = value.data.to(adapter)
+    with torch.no_grad():
+        for name, value in adapter_parts(model).items():
+            value.data = given[name].to(adapter, copy=True)
+    return model.train()
+
+
+def adapter_parts(model):
+    letters = {"lora_A": "A", "lora_B": "B", "lora_E": "E", "lora_magnitude_vector": "m"}
+    return {letters[name.removeprefix("base_model.model.0.").removesuffix(".weight")]: value
+            for name, value in trainable(model).items()}
+
+
+def layer_values(given, method, base=torch.double, adapter=torch.double, mask=False):
+    model = make_layer(given, method, base, adapter)
+    if mask:
+        model.base_model.model[0].lora_dropout["default"] = Masked(given["mask"])
+    x = given["x"].to(base).requires_grad_()
+    y = model(x)
+    y.backward(given["g"].to(base))
+    out = {"y": y.detach(), "dx": x.grad}
+    out |= {f"d{name}": value.grad for name, value in adapter_parts(model).items()}
+    return {n: v.float() if v.dtype == torch.double else v for n, v in sorted(out.items())}
+
+
+def layer_norms(given):
+    w, a, b = (given[n].double() for n in ("W", "A", "B"))
+    layer = make_layer(given, "dora").base_model.model[0].lora_magnitude_vector["default"]
+    n = layer.get_weight_norm(w, b @ a, LAYER["alpha"] / LAYER["r"])
+    return {"dora.n": n.float()}
+
+
+def layer_regulariser(given):
+    model = make_layer(given, "adalora", torch.double, torch.double)
+    value = regulariser(model)
+    value.backward()
+    parts = adapter_parts(model)
+    return {"adalora.regulariser": value.detach().reshape(1),
+            "adalora.regulariser.dA": parts["A"].grad.float(),
+            "adalora.regulariser.dB": parts["B"].grad.float()}
+
+
+def initial_magnitude(given, base, nonzero):
+    """PEFT draws A and B where init_lora_weights is false, and then takes the norms."""
+    config = layer_config("dora")
+    config.init_lora_weights = not nonzero
+    draw, torch.nn.Linear.reset_parameters = torch.nn.Linear.reset_parameters, partial_given(given)
+    try:
+        model = get_peft_model(base_layer(given, base), config)
+    finally:
+        torch.nn.Linear.reset_parameters = draw
+    return adapter_parts(model)["m"].detach()
+
+
+def partial_given(given):
+    by_shape = {tuple(given[n].shape): given[n] for n in ("W", "A", "B")}
+
+    def fill_by_shape(linear):
+        with torch.no_grad():
+            linear.weight.copy_(by_shape[tuple(linear.weight.shape)])
+    return fill_by_shape
+
+
+def merged(given, method, base, **how):
+    model = make_layer(given, method, base)
+    layer = model.base_model.model[0]
+    layer.merge(**how)
+    merged_weight = layer.base_layer.weight.detach().clone()
+    layer.unmerge()
+    return merged_weight, layer.base_layer.weight.detach()
+
+
+def make_single_layers(out):
+    given, values = layer_given(), {}
+    add = lambda prefix, tensors: values.update(prefixed(prefix, tensors))
+    low = partial(layer_values, given, base=torch.bfloat16, adapter=torch.float32)
+    for method in ("lora", "dora", "adalora"):
+        add(method, layer_values(given, method))
+        add(f"bf16.{method}", low(method))
+        if method != "adalora":
+            add(f"{method}_dropout", layer_values(given, method, mask=True))
+        values[f"merged.{method}"], values[f"unmerged.{method}"] = merged(
+            given, method, torch.float32)
+        values[f"bf16.merged.{method}"], values[f"bf16.unmerged.{method}"] = merged(
+            given, method, torch.bfloat16)
+        values[f"bf16.safe_merged.{method}"] = merged(
+            given, method, torch.bfloat16, safe_merge=True)[0]
+    add("bf16.dora_dropout", low("dora", mask=True))
+    values |= layer_norms(given) | layer_regulariser(given)
+    for name, base in (("", torch.float32), ("_bf16", torch.bfloat16)):
+        values[f"initial.m{name}"] = initial_magnitude(given, base, False)
+        values[f"initial.m_nonzero{name}"] = initial_magnitude(given, base, True)
+    write_tensors(out / "single_layers.safetensors", given | values)
+    write_json(out / "single_layers.json", LAYER)
+
+
 def write_versions(out):
     modules = [numpy, peft, safetensors, torch, transformers]
     write_json(out / "VERSIONS.json", {m.__name__: m.__version__ for m in modules})
 
 
-CASES = {"dora": make_dora, "adalora": make_adalora}
+CASES = {"dora": make_dora, "adalora": make_adalora, "allocator": make_allocator,
+         "single_layers": make_single_layers}
 
 
 def main():
