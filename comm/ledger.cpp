@@ -14,6 +14,8 @@ std::string_view name(Purpose purpose) {
       return "vocabulary-loss";
     case Purpose::gradient_norm:
       return "gradient-norm";
+    case Purpose::adapter_statistics:
+      return "adapter-statistics";
     case Purpose::data_control:
       return "data-control";
     case Purpose::checkpoint:

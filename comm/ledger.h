@@ -13,11 +13,12 @@ enum class Purpose {
   tensor_activations,  ///< activations and their gradients between tensor-parallel ranks
   vocabulary_loss,     ///< softmax statistics of the vocabulary-parallel cross entropy
   gradient_norm,       ///< squares of sharded gradients
+  adapter_statistics,  ///< what a method sums beside gradients: DoRA's norms, AdaLoRA's Gram matrices and scores
   data_control,        ///< token counts, losses
   checkpoint,          ///< shards gathered for a save
   startup,             ///< agreement and rendezvous before the first step
 };
-inline constexpr int kNumPurposes = 8;
+inline constexpr int kNumPurposes = 9;
 
 /// "adapter-gradients", ...: the names in metrics, tables and JSON.
 std::string_view name(Purpose purpose);

@@ -10,9 +10,9 @@
 namespace corank {
 
 /// The purposes of a training step, in the order of tables.
-inline constexpr std::array kStepPurposes{Purpose::adapter_gradients,  Purpose::weight_gradients,
-                                          Purpose::tensor_activations, Purpose::vocabulary_loss,
-                                          Purpose::gradient_norm,      Purpose::data_control};
+inline constexpr std::array kStepPurposes{
+    Purpose::adapter_gradients, Purpose::weight_gradients,   Purpose::tensor_activations, Purpose::vocabulary_loss,
+    Purpose::gradient_norm,     Purpose::adapter_statistics, Purpose::data_control};
 
 /// Predicted bytes of one step of this rank, as the run's method or as full fine-tuning.
 std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig& adapter,

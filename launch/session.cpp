@@ -9,7 +9,7 @@
 #include <cstdlib>
 
 #include "data/file.h"
-#include "trainer/adapter/adapter_file.h"
+#include "trainer/adapter/start.h"
 #include "trainer/agree.h"
 
 namespace corank {
@@ -38,9 +38,8 @@ Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh
     run_.adapter = merge_with_file(run_.adapter, run_.adapter_keys, file->config, linear_names(*model_));
   }
   method_ = make_method(run_.adapter);
-  method_->attach(*model_, store_, static_cast<uint64_t>(run_.train.seed));
-  store_.allocate(mesh_->device(), at::kFloat, run_.model.dtype);
-  if (file) load_tensors(*file, store_);
+  start_method(*method_, *model_, store_, *mesh_, run_.model.dtype, static_cast<uint64_t>(run_.train.seed),
+               file ? &*file : nullptr);
 }
 
 RunIdentity Session::identity(const TokenFile& data) const {

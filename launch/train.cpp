@@ -98,7 +98,8 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
   const RunIdentity identity = session.identity(data);
   std::unique_ptr<FolderLock> lock;  // rank 0's
   on_rank_0(mesh.world(), [&] { lock = claim_output(run, identity); });
-  Checkpoints checkpoints(run.output_dir, identity, run.save_total_limit, mesh, session.store(), optimizer);
+  Checkpoints checkpoints(run.output_dir, identity, run.save_total_limit, mesh, session.store(), optimizer,
+                          session.method());
 
   Loader loader(data, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
   std::unique_ptr<TokenFile> eval_file;

@@ -8,6 +8,7 @@
 #include "trainer/ops/adamw.h"
 #include "trainer/ops/attention.h"
 #include "trainer/ops/cross_entropy.h"
+#include "trainer/ops/dora.h"
 #include "trainer/ops/dropout.h"
 #include "trainer/ops/embedding.h"
 #include "trainer/ops/linear.h"
@@ -76,11 +77,15 @@ struct Fixed : Matrix {
   at::Tensor w_OI;
 };
 
+std::shared_ptr<Update> low_rank(Weight a, Weight b, double scale, Dropout drop = {}) {
+  return std::make_shared<LowRankUpdate>(LowRank{std::move(a), std::move(b), scale, {}, std::move(drop)});
+}
+
 TEST(Linear, ForwardIsThePlainFormula) {
   const Fixed w(random({6, 5}, "w"));
-  const Weight a{random({3, 5}, "a"), {}}, b{random({6, 3}, "b"), {}}, bias{random({6}, "bias"), {}};
+  const Weight a = trainable(leaf({3, 5}, "a")), b = trainable(leaf({6, 3}, "b")), bias{random({6}, "bias"), {}};
   const at::Tensor x = random({7, 5}, "x");
-  const at::Tensor y = linear(x, {{&w, {}, bias, LowRank{a, b, 0.7, {}}}})[0];
+  const at::Tensor y = linear(x, {{&w, {}, bias, low_rank(a, b, 0.7)}})[0];
   const at::Tensor plain = at::mm(x, w.w_OI.t()) + bias.value + 0.7 * at::mm(at::mm(x, a.value.t()), b.value.t());
   EXPECT_LT(relative_error(y, plain), 1e-14);
 }
@@ -92,11 +97,56 @@ TEST(Linear, GradientsOfSeveralProjectionsWithDropout) {
   const Fixed m1(w1.detach()), m2(w2);
   Dropout drop{0.3, 11, at::arange(7, at::TensorOptions(at::kLong)), 0};
   const auto f = [&] {
-    auto y = linear(x, {{&m1, w1, trainable(bias1), LowRank{trainable(a1), trainable(b1), 0.7, {}}},
-                        {&m2, {}, {}, LowRank{trainable(a2), trainable(b2), 2, drop}}});
+    auto y = linear(x, {{&m1, w1, trainable(bias1), low_rank(trainable(a1), trainable(b1), 0.7)},
+                        {&m2, {}, {}, low_rank(trainable(a2), trainable(b2), 2, drop)}});
     return weigh(y[0]) + weigh(y[1]);
   };
   EXPECT_LT(gradient_error(f, {x, w1, bias1, a1, b1, a2, b2}), kGradientBound);
+}
+
+TEST(LowRank, DiagonalForwardAndGradients) {
+  const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b"), e = leaf({3, 1}, "e");
+  const Fixed w(random({6, 5}, "w"));
+  for (const double p : {0.0, 0.4}) {
+    const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
+    const auto y = [&] {
+      const LowRank factors{trainable(a), trainable(b), 0.7, trainable(e), drop};
+      return linear(x, {{&w, {}, {}, std::make_shared<LowRankUpdate>(factors)}})[0];
+    };
+    const at::Tensor delta = at::mm(b, e * a) * 0.7;
+    EXPECT_LT(relative_error(y(), at::mm(x, w.w_OI.t()) + at::mm(dropout(x.detach(), drop), delta.t())), 1e-14);
+    EXPECT_LT(gradient_error([&] { return weigh(y()); }, {x, a, b, e}), kGradientBound);
+  }
+}
+
+/// y = diag(m / n) (W + s B A) x, dropped where methods 4.5 says so, with n given.
+TEST(Dora, ForwardAndGradientsWithConstantNorms) {
+  const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b"), m = leaf({6}, "m");
+  const at::Tensor n = random({6}, "n").abs() + 0.5, bias = leaf({6}, "bias");
+  const Fixed w(random({6, 5}, "w"));
+  for (const double p : {0.0, 0.4}) {
+    const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
+    const auto y = [&] {
+      const LowRank factors{trainable(a), trainable(b), 0.7, {}, drop};
+      const MagnitudeScale scale{m, m.detach() / n, n.reciprocal()};
+      return linear(x, {{&w, {}, trainable(bias), std::make_shared<DoraUpdate>(factors, scale)}})[0];
+    };
+    const at::Tensor dropped = dropout(x.detach(), drop), gamma = m / n;
+    const at::Tensor q = at::mm(dropped, (w.w_OI + at::mm(b, a) * 0.7).t());
+    const at::Tensor plain = at::mm(x - dropped, w.w_OI.t()) + bias + gamma * q;
+    EXPECT_LT(relative_error(y(), plain), 1e-13);
+    EXPECT_LT(gradient_error([&] { return weigh(y()); }, {x, a, b, m, bias}), kGradientBound);
+  }
+}
+
+TEST(Dora, NormsWithoutTheUpdateAreThoseOfTheSum) {
+  for (const auto dtype : {at::kFloat, at::kDouble}) {
+    const at::Tensor w = random({64, 48}, "w").to(dtype);
+    const LowRank f{{random({8, 48}, "a").to(dtype), {}}, {random({64, 8}, "b").to(dtype), {}}, 2, {}, {}};
+    const at::Tensor fast = squared_row_norms(squared_row_norms(w, dtype), w, f);
+    EXPECT_LT(relative_error(fast.sqrt(), squared_row_norms_reference(w, f).sqrt()),
+              dtype == at::kFloat ? 1e-6 : 1e-14);
+  }
 }
 
 /// Shows itself as a new tensor each time and remembers the last one without keeping it alive.
@@ -112,7 +162,7 @@ struct Watched : Matrix {
 TEST(Linear, KeepsNoWeightForBackward) {
   const Watched w;
   const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b");
-  const auto y = linear(x, {{&w, {}, {}, LowRank{trainable(a), trainable(b), 1, {}}}});
+  const auto y = linear(x, {{&w, {}, {}, low_rank(trainable(a), trainable(b), 1)}});
   EXPECT_TRUE(w.last.expired());
   torch::autograd::backward({weigh(y[0])}, {});
   EXPECT_TRUE(a.grad().defined() && b.grad().defined() && x.grad().defined());

@@ -31,13 +31,12 @@ double relative_error(const at::Tensor& a, const at::Tensor& b) {
 }
 
 TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
-                         OptimizerOptions optimizer_options, uint64_t run_seed)
+                         OptimizerOptions optimizer_options, uint64_t run_seed, const AdapterFile* file)
     : mesh(ranks_of(world, ledger), tensor), seed(run_seed) {
   options.device = mesh.device();
   model = load_model(options, mesh.tp());
   method = make_method(adapter);
-  method->attach(*model, store, seed);
-  store.allocate(mesh.device(), options.dtype == at::kDouble ? at::kDouble : at::kFloat, options.dtype);
+  start_method(*method, *model, store, mesh, options.dtype, seed, file);
   optimizer = std::make_unique<Optimizer>(store, optimizer_options);
   reducer = std::make_unique<GradReducer>(mesh, store.gradients_of(GradientScope::everywhere),
                                           store.gradients_of(GradientScope::data), method->gradient_purpose());

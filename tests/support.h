@@ -9,8 +9,7 @@
 #include "comm/mesh.h"
 #include "comm/world.h"
 #include "data/loader.h"
-#include "trainer/adapter/adapter_file.h"
-#include "trainer/adapter/methods.h"
+#include "trainer/adapter/start.h"
 #include "trainer/model/families.h"
 #include "trainer/optimizer.h"
 #include "trainer/schedule.h"
@@ -25,7 +24,7 @@ double relative_error(const at::Tensor& a, const at::Tensor& b);
 /// Everything between a model and a step, over the ranks of `world` (null: this process alone).
 struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
-              OptimizerOptions optimizer = {}, uint64_t seed = 42);
+              OptimizerOptions optimizer = {}, uint64_t seed = 42, const AdapterFile* file = nullptr);
 
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
 

@@ -39,8 +39,8 @@ std::string path_of(const std::string& folder, int64_t step) { return fmt::forma
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
-std::string state_image(const TrainingState& state, const std::string& identity, const NamedTensors& exp_avg,
-                        const NamedTensors& exp_avg_sq) {
+std::string state_image(const TrainingState& state, const std::string& identity,
+                        const std::vector<std::pair<std::string, NamedTensors>>& groups) {
   h5::Writer file;
   file.attribute("format", kStateFormat);
   file.attribute("version", int64_t{1});
@@ -48,8 +48,9 @@ std::string state_image(const TrainingState& state, const std::string& identity,
   file.attribute("step", state.step);
   file.attribute("epoch", state.loader.epoch);
   file.attribute("sequence", state.loader.sequence);
-  for (const auto& [name, tensor] : exp_avg) file.write("exp_avg/" + name, tensor);
-  for (const auto& [name, tensor] : exp_avg_sq) file.write("exp_avg_sq/" + name, tensor);
+  for (const auto& [group, tensors] : groups) {
+    for (const auto& [name, tensor] : tensors) file.write(group + "/" + name, tensor);
+  }
   return file.finish();
 }
 
@@ -58,23 +59,24 @@ json describe(const std::string& bytes) { return {{"bytes", bytes.size()}, {"sha
 }  // namespace
 
 Checkpoints::Checkpoints(std::string folder, RunIdentity identity, int64_t keep, const Mesh& mesh,
-                         ParameterStore& store, Optimizer& optimizer)
+                         ParameterStore& store, Optimizer& optimizer, AdapterMethod& method)
     : folder_(std::move(folder)),
       identity_(std::move(identity)),
       keep_(keep),
       mesh_(mesh),
       store_(store),
-      optimizer_(optimizer) {}
+      optimizer_(optimizer),
+      method_(method) {}
 
 void Checkpoints::save(const TrainingState& state) {
   // Every tensor-parallel group gathers: simpler than choosing one, and all ranks make the same calls.
   const AdapterFile adapter = collect_adapter(store_, identity_, mesh_.tp());
-  const NamedTensors exp_avg = store_.gather(optimizer_.exp_avg(), mesh_.tp());
-  const NamedTensors exp_avg_sq = store_.gather(optimizer_.exp_avg_sq(), mesh_.tp());
+  std::vector<std::pair<std::string, NamedTensors>> groups;
+  for (const auto& [group, flat] : state_buffers()) groups.emplace_back(group, store_.gather(flat, mesh_.tp()));
   on_rank_0(mesh_.world(), [&] {
     const std::string path = path_of(folder_, state.step);
     try {
-      write(path, state, adapter_h5_image(adapter), state_image(state, identity_.hash, exp_avg, exp_avg_sq));
+      write(path, state, adapter_h5_image(adapter), state_image(state, identity_.hash, groups));
     } catch (...) {
       std::error_code ignored;
       fs::remove_all(path, ignored);  // nothing half-written stays, e.g. on a full disk
@@ -83,6 +85,13 @@ void Checkpoints::save(const TrainingState& state) {
     const std::vector<int64_t> steps = checkpoint_steps(folder_);
     for (size_t i = static_cast<size_t>(keep_); i < steps.size(); ++i) fs::remove_all(path_of(folder_, steps[i]));
   });
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Checkpoints::state_buffers() {
+  std::vector<std::pair<std::string, at::Tensor>> buffers = method_.state();
+  buffers.emplace_back("exp_avg", optimizer_.exp_avg());
+  buffers.emplace_back("exp_avg_sq", optimizer_.exp_avg_sq());
+  return buffers;
 }
 
 void Checkpoints::write(const std::string& path, const TrainingState& state, const std::string& adapter,
@@ -146,8 +155,8 @@ TrainingState Checkpoints::load(const std::string& path) {
       flat.narrow(0, p.begin, p.master.numel()).view(p.master.sizes()).copy_(take_shard(full, p.spec.shard));
     }
   };
-  restore("exp_avg", optimizer_.exp_avg());
-  restore("exp_avg_sq", optimizer_.exp_avg_sq());
+  for (const auto& [group, flat] : state_buffers()) restore(group, flat);
+  method_.begin(mesh_);
   return {file.attribute_int("step"), {file.attribute_int("epoch"), file.attribute_int("sequence")}};
 }
 

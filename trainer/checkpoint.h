@@ -5,6 +5,7 @@
 #include "comm/mesh.h"
 #include "data/loader.h"
 #include "trainer/adapter/adapter_file.h"
+#include "trainer/adapter/methods.h"
 #include "trainer/optimizer.h"
 
 namespace corank {
@@ -28,9 +29,9 @@ struct RunIdentity {
 /// tensor-parallel size can load it. All file writing is data/file.h's.
 class Checkpoints {
  public:
-  /// `folder` is output_dir. Borrows mesh and store.
+  /// `folder` is output_dir. Borrows the rest.
   Checkpoints(std::string folder, RunIdentity identity, int64_t keep, const Mesh& mesh, ParameterStore& store,
-              Optimizer& optimizer);
+              Optimizer& optimizer, AdapterMethod& method);
 
   /// Collective over the world; rank 0 writes and reads back. Afterwards the oldest beyond `keep` are removed. Throws
   /// StorageError on every rank if rank 0 could not write.
@@ -40,10 +41,13 @@ class Checkpoints {
   std::optional<std::string> newest();
   /// Newer folders that newest() could not use, with the reason; known on rank 0.
   const std::vector<std::string>& passed_over() const { return passed_over_; }
-  /// Collective over the world. Loads parameters and moments from the folder. InputError or ConfigError (another run).
+  /// Collective over the world. Loads parameters, moments and the method's state from the folder, and begins the method
+  /// anew. InputError or ConfigError (another run).
   TrainingState load(const std::string& path);
 
  private:
+  /// What is saved beside the parameters: flat buffers laid out like the masters.
+  std::vector<std::pair<std::string, at::Tensor>> state_buffers();
   void write(const std::string& path, const TrainingState& state, const std::string& adapter,
              const std::string& moments) const;
 
@@ -53,6 +57,7 @@ class Checkpoints {
   const Mesh& mesh_;
   ParameterStore& store_;
   Optimizer& optimizer_;
+  AdapterMethod& method_;
   std::vector<std::string> passed_over_;
 };
 

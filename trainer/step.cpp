@@ -46,6 +46,7 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   }
   parts.reducer.reduce();
   mesh.dp().all_reduce(loss, ReduceOp::sum, Purpose::data_control);
+  parts.method.add_gradients(step, mesh);
 
   const at::Tensor norm = gradient_norm(parts.store, mesh.tp());
   const at::Tensor read = at::stack({loss, norm}).to(at::kCPU);  // the step's one wait for the device
@@ -60,7 +61,7 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   const double clip = options.max_grad_norm / (stats.grad_norm + 1e-6);
   if (options.max_grad_norm > 0 && clip < 1) parts.store.gradients().mul_(clip);
   parts.optimizer.step(options.learning_rate, step);
-  parts.method.on_step_end(step);
+  parts.method.on_step_end(step, parts.optimizer, mesh);
   parts.store.gradients().zero_();
   return stats;
 }

@@ -9,46 +9,30 @@ namespace {
 
 constexpr int64_t kMasterBytes = 4;
 
-/// Elements of this rank's gradients: summed over dp x tp, and over dp.
-struct GradientSizes {
-  int64_t everywhere = 0, data = 0;
-};
-
-GradientSizes full_gradients(const TrafficShape& shape, int tensor) {
-  GradientSizes sizes;
-  for (const auto& linear : shape.linears) {
-    sizes.data += linear.in * linear.out / tensor;
-    if (linear.bias) (linear.row ? sizes.everywhere : sizes.data) += linear.row ? linear.out : linear.out / tensor;
-  }
-  sizes.data +=
-      shape.vocabulary_matrices * ((shape.vocab + tensor - 1) / tensor) * shape.hidden + shape.other_replicated;
-  return sizes;
+/// What no adapter sits on: embedding, norms, head.
+int64_t other_elements(const TrafficShape& shape, int tensor) {
+  return shape.vocabulary_matrices * ((shape.vocab + tensor - 1) / tensor) * shape.hidden + shape.other_replicated;
 }
 
-std::set<std::string> trained_linears(const TrafficShape& shape, const AdapterConfig& adapter, bool full) {
+/// The linears that train, with their sizes.
+std::vector<LinearSize> trained_linears(const TrafficShape& shape, const AdapterConfig& adapter, bool full) {
+  if (full) return shape.linears;
   std::vector<std::string> names;
   for (const auto& linear : shape.linears) names.push_back(linear.name);
-  if (!full) names = select_targets(adapter, names);
-  return {names.begin(), names.end()};
-}
-
-/// LoRA: column-parallel A and row-parallel B are replicated partial sums, the others sharded.
-GradientSizes lora_gradients(const TrafficShape& shape, const AdapterConfig& adapter, int tensor) {
-  const auto chosen = trained_linears(shape, adapter, /*full=*/false);
-  GradientSizes sizes;
+  const auto targets = select_targets(adapter, names);
+  const std::set<std::string> chosen(targets.begin(), targets.end());
+  std::vector<LinearSize> result;
   for (const auto& linear : shape.linears) {
-    if (!chosen.count(linear.name)) continue;
-    const int64_t rank = adapter.rank_of(linear.name);
-    sizes.everywhere += rank * (linear.row ? linear.out : linear.in);
-    sizes.data += rank * (linear.row ? linear.in : linear.out) / tensor;
+    if (chosen.count(linear.name)) result.push_back(linear);
   }
-  return sizes;
+  return result;
 }
 
 /// [N, D] sums that tensor-parallel ranks make for each token of a micro-batch.
-int64_t sums_per_token(const TrafficShape& shape, const AdapterConfig& adapter, Checkpointing checkpointing) {
-  const bool full = adapter.method == "full";
-  const auto trained = trained_linears(shape, adapter, full);
+int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>& trained_linears, bool full,
+                       Checkpointing checkpointing) {
+  std::set<std::string> trained;
+  for (const LinearSize& linear : trained_linears) trained.insert(linear.name);
   int64_t sums = 1;        // the embedding
   bool needs_grad = full;  // of the block's input: something below it trains, or is run again
   std::string block;       // ...self_attn or ...mlp
@@ -92,22 +76,30 @@ TrafficShape traffic_shape(Model& model) {
 
 std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
                                               int data, int activation_bytes, Checkpointing checkpointing,
-                                              const std::vector<BatchSize>& micro_batches) {
-  const bool full = adapter.method == "full";
-  const GradientSizes sizes = full ? full_gradients(shape, tensor) : lora_gradients(shape, adapter, tensor);
+                                              const std::vector<BatchSize>& micro_batches, int64_t step) {
+  const auto method = make_method(adapter);
+  const bool full = method->trains_base();
+  const auto trained = trained_linears(shape, adapter, full);
+  GradientSizes sizes{0, full ? other_elements(shape, tensor) : 0};
+  for (const LinearSize& linear : trained) {
+    const GradientSizes one = method->gradient_sizes(linear, tensor);
+    sizes.everywhere += one.everywhere;
+    sizes.data += one.data;
+  }
   std::map<Purpose, int64_t> bytes;
   const auto add = [&](Purpose purpose, int64_t count) {
     if (count > 0) bytes[purpose] += count;
   };
-  const Purpose gradients = full ? Purpose::weight_gradients : Purpose::adapter_gradients;
+  const Purpose gradients = method->gradient_purpose();
   if (data * tensor > 1) add(gradients, kMasterBytes * sizes.everywhere);
   if (data > 1) add(gradients, kMasterBytes * sizes.data);
   if (data > 1) add(Purpose::data_control, 16 + 8);      // counts of targets and tokens, loss
   if (data * tensor > 1) add(Purpose::data_control, 8);  // request to stop
+  add(Purpose::adapter_statistics, method->statistics_bytes(trained, tensor, data, step));
   if (tensor == 1) return bytes;
   add(Purpose::gradient_norm, 8);
   for (const BatchSize& batch : micro_batches) {
-    const int64_t sums = sums_per_token(shape, adapter, checkpointing) * batch.tokens + batch.targets;
+    const int64_t sums = sums_per_token(shape, trained, full, checkpointing) * batch.tokens + batch.targets;
     add(Purpose::tensor_activations, sums * shape.hidden * activation_bytes);
     add(Purpose::vocabulary_loss, 3 * 4 * batch.targets);
   }

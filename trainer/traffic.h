@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "comm/mesh.h"
-#include "trainer/adapter/config.h"
+#include "trainer/adapter/methods.h"
 #include "trainer/model/families.h"
 
 namespace corank {
@@ -12,13 +12,7 @@ namespace corank {
 /// What decides the bytes of a step, known before anything is built.
 struct TrafficShape {
   int64_t hidden = 0, vocab = 0, layers = 0;
-  struct Linear {
-    std::string name;
-    int64_t in = 0, out = 0;
-    bool row = false;  ///< row-parallel, else column-parallel
-    bool bias = false;
-  };
-  std::vector<Linear> linears;
+  std::vector<LinearSize> linears;
   int64_t vocabulary_matrices = 0;  ///< embedding and, where it is not tied, head
   int64_t other_replicated = 0;     ///< elements of norms
 };
@@ -35,6 +29,6 @@ struct BatchSize {
 /// trains), what recomputation repeats, and M D e for the loss.
 std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
                                               int data, int activation_bytes, Checkpointing checkpointing,
-                                              const std::vector<BatchSize>& micro_batches);
+                                              const std::vector<BatchSize>& micro_batches, int64_t step = 1);
 
 }  // namespace corank

@@ -42,11 +42,12 @@ ops::Projection AdaptedLinear::projection(const ForwardContext& context) const {
   p.matrix_leaf = weight_leaf_;
   if (bias_O_.defined() && adds_bias_) p.bias_O = bias_O_;
   if (!adapter_) return p;
-  p.low_rank = adapter_->low_rank();
+  ops::Dropout dropout;
   if (context.training && adapter_->dropout() > 0) {
-    p.low_rank->dropout = {adapter_->dropout(), ops::key_of(context.seed, "dropout", site_.name, context.step),
-                           context.batch.slots_N, site_.split == Split::row ? site_.in_shard.start : 0};
+    dropout = {adapter_->dropout(), ops::key_of(context.seed, "dropout", site_.name, context.step),
+               context.batch.slots_N, site_.row() ? site_.in_shard.start : 0};
   }
+  p.update = adapter_->update(dropout);
   return p;
 }
 

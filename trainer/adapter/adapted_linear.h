@@ -5,6 +5,7 @@
 
 #include "trainer/adapter/adapter.h"
 #include "trainer/forward_context.h"
+#include "trainer/ops/linear.h"
 #include "trainer/quant/frozen_weight.h"
 
 namespace corank {

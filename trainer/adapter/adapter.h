@@ -2,7 +2,8 @@
 #include <memory>
 #include <string>
 
-#include "trainer/ops/linear.h"
+#include "trainer/ops/dropout.h"
+#include "trainer/ops/update.h"
 #include "trainer/parameters.h"
 
 namespace corank {
@@ -19,14 +20,16 @@ struct LinearSite {
   int64_t in = 0, out = 0;  ///< full sizes
   Split split = Split::column;
   Shard in_shard, out_shard;  ///< this rank's block of the input and output features, as dim 0 of a vector
+
+  bool row() const { return split == Split::row; }
 };
 
 /// The trainable part on one linear. Holds its weights only through the ParameterStore.
 class Adapter {
  public:
   virtual ~Adapter() = default;
-  /// The update as a low-rank product for the fused op; dropout is the caller's to add.
-  virtual ops::LowRank low_rank() const = 0;
+  /// The update as the linear op takes it, for one forward pass.
+  virtual std::shared_ptr<const ops::Update> update(const ops::Dropout& dropout) const = 0;
   /// Dropout probability on the adapter's input.
   virtual double dropout() const = 0;
 };

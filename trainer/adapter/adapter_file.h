@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "trainer/adapter/config.h"
+#include "trainer/adapter/peft_config.h"
 #include "trainer/parameters.h"
 
 namespace corank {
@@ -16,13 +17,6 @@ struct AdapterFile {
   std::string base_model;  ///< base_model_name_or_path, information only
   std::vector<std::pair<std::string, at::Tensor>> tensors;
 };
-
-/// adapter_config.json as PEFT reads it (methods 3.3), from a config and the modules it adapted: patterns are written
-/// as full module names, so that PEFT's sorting of keys cannot change which one matches first.
-std::string peft_config_json(const AdapterConfig& config, const std::vector<std::string>& modules,
-                             const std::string& base_model);
-/// The way back. InputError for fields that change the result and are not supported.
-AdapterConfig parse_peft_config(const std::string& json, const std::string& origin);
 
 /// A PEFT folder, a corank checkpoint folder, or an adapter.h5 file.
 AdapterFile read_adapter(const std::string& path);

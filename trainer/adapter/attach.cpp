@@ -12,7 +12,7 @@ void attach_adapters(Model& model, const AdapterConfig& config, const MakeAdapte
   const std::vector<std::string> targets = select_targets(config, names);
   const std::set<std::string> chosen(targets.begin(), targets.end());
   for (AdaptedLinear* linear : model.linears()) {
-    if (chosen.count(linear->name())) linear->set_adapter(make(linear->site()));
+    if (chosen.count(linear->name())) linear->set_adapter(make(*linear));
   }
 }
 

@@ -2,14 +2,14 @@
 #include <functional>
 #include <memory>
 
-#include "trainer/adapter/adapter.h"
+#include "trainer/adapter/adapted_linear.h"
 #include "trainer/adapter/config.h"
 
 namespace corank {
 
 class Model;
 
-using MakeAdapter = std::function<std::unique_ptr<Adapter>(const LinearSite& site)>;
+using MakeAdapter = std::function<std::unique_ptr<Adapter>(const AdaptedLinear& linear)>;
 
 /// Gives an adapter to every linear of the model that the config targets. ConfigError if none matches.
 void attach_adapters(Model& model, const AdapterConfig& config, const MakeAdapter& make);

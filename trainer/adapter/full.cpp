@@ -24,6 +24,14 @@ class Full : public AdapterMethod {
   }
   Purpose gradient_purpose() const override { return Purpose::weight_gradients; }
   bool trains_base() const override { return true; }
+  GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
+    GradientSizes sizes{0, linear.in * linear.out / tensor};
+    if (linear.bias) (linear.row ? sizes.everywhere : sizes.data) += linear.row ? linear.out : linear.out / tensor;
+    return sizes;
+  }
+  at::Tensor merged(const std::string&, const ModuleTensors& tensors, const at::Tensor&) const override {
+    return tensors.at(".weight");
+  }
 };
 
 }  // namespace

@@ -12,10 +12,15 @@ struct Method {
 
 constexpr Method kMethods[] = {
     {"lora", make_lora},
+    {"dora", make_dora},
     {"full", make_full},
 };
 
 }  // namespace
+
+GradientSizes lora_gradient_sizes(const LinearSize& linear, int64_t rank, int tensor) {
+  return {rank * (linear.row ? linear.out : linear.in), rank * (linear.row ? linear.in : linear.out) / tensor};
+}
 
 std::vector<std::string> method_names() {
   std::vector<std::string> names;

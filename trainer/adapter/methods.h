@@ -1,29 +1,74 @@
 #pragma once
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "comm/ledger.h"
+#include "comm/mesh.h"
 #include "trainer/adapter/adapter.h"
 #include "trainer/adapter/config.h"
 
 namespace corank {
 
 class Model;
+class Optimizer;
 
-/// One way of fine-tuning, for a whole run. A method is one file and one line of the table in methods.cpp.
+/// One linear as far as counts go; full sizes.
+struct LinearSize {
+  std::string name;
+  int64_t in = 0, out = 0;
+  bool row = false;  ///< row-parallel, else column-parallel
+  bool bias = false;
+};
+
+/// Elements of gradient that one rank hands over: summed over dp x tp, and over dp (methods 10.8).
+struct GradientSizes {
+  int64_t everywhere = 0, data = 0;
+};
+
+/// The tensors of one module by the end of their PEFT name (".lora_A.weight"), full, float32 or float64.
+using ModuleTensors = std::map<std::string, at::Tensor>;
+
+/// One way of fine-tuning, for a whole run. A method is one file and one line of the table in methods.cpp. Order of
+/// calls: attach, (the store allocates), initialise, (weights are loaded), begin; then in each step add_gradients and
+/// on_step_end.
 class AdapterMethod {
  public:
   virtual ~AdapterMethod() = default;
   /// Registers what trains: adapters on the matched linears, or base weights. `seed` keys the initial values.
   virtual void attach(Model& model, ParameterStore& store, uint64_t seed) = 0;
-  /// After the optimizer's step `step` (from 1), on every rank.
-  virtual void on_step_end(int64_t /*step*/) {}
+  /// Collective over the mesh. Initial values that need the base weights.
+  virtual void initialise(const Mesh& /*mesh*/) {}
+  /// Collective over the mesh. Parameters have their starting values, fresh, loaded or resumed.
+  virtual void begin(const Mesh& /*mesh*/) {}
+  /// Collective over the mesh. Adds to the reduced gradients what does not come from the loss, before clipping.
+  virtual void add_gradients(int64_t /*step*/, const Mesh& /*mesh*/) {}
+  /// Collective over the mesh. After the optimizer's step `step` (from 1); gradients are still those of the step.
+  virtual void on_step_end(int64_t /*step*/, Optimizer& /*optimizer*/, const Mesh& /*mesh*/) {}
+
+  /// What a checkpoint must hold beside parameters and moments: buffers by name, laid out like the store's masters,
+  /// which a resume overwrites in place before begin().
+  virtual std::vector<std::pair<std::string, at::Tensor>> state() { return {}; }
+
   /// Under which purpose its gradients travel.
   virtual Purpose gradient_purpose() const { return Purpose::adapter_gradients; }
   /// True: the result is a model folder (full fine-tuning); false: a PEFT adapter folder.
   virtual bool trains_base() const { return false; }
+
+  /// Gradient of an adapted linear over `tensor` ranks, from formulas (methods 11.1).
+  virtual GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const = 0;
+  /// Bytes of adapter_statistics that one rank hands over in step `step`, from formulas.
+  virtual int64_t statistics_bytes(const std::vector<LinearSize>& /*adapted*/, int /*tensor*/, int /*data*/,
+                                   int64_t /*step*/) const {
+    return 0;
+  }
+  /// The weight of which the adapted linear is the product: the plain formula, on full tensors in one dtype.
+  virtual at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const = 0;
 };
+
+/// LoRA's factors: the one that the split does not touch is replicated.
+GradientSizes lora_gradient_sizes(const LinearSize& linear, int64_t rank, int tensor);
 
 std::vector<std::string> method_names();
 /// ConfigError listing the known methods if the name is unknown.
@@ -31,6 +76,7 @@ std::unique_ptr<AdapterMethod> make_method(const AdapterConfig& config);
 
 // The table's entries.
 std::unique_ptr<AdapterMethod> make_lora(const AdapterConfig& config);
+std::unique_ptr<AdapterMethod> make_dora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_full(const AdapterConfig& config);
 
 }  // namespace corank

@@ -1,0 +1,12 @@
+#pragma once
+#include "trainer/adapter/adapter_file.h"
+#include "trainer/adapter/methods.h"
+
+namespace corank {
+
+/// Collective over the mesh. Brings `method` onto `model`: attaches, allocates the store (masters float32, float64
+/// where `dtype` is), initialises, loads `file` if there is one, begins.
+void start_method(AdapterMethod& method, Model& model, ParameterStore& store, const Mesh& mesh, at::ScalarType dtype,
+                  uint64_t seed, const AdapterFile* file = nullptr);
+
+}  // namespace corank
