@@ -2,6 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "comm/backends.h"
 #include "trainer/adapter/adapter_file.h"
 #include "trainer/adapter/methods.h"
@@ -44,6 +47,20 @@ int64_t check_tokens(const std::string& path, int64_t vocab_size) {
 
 }  // namespace
 
+int64_t total_steps(const RunConfig& run, const TokenFile& data) {
+  if (run.train.max_steps) return *run.train.max_steps;
+  const Loader loader(data, run.loader_options(0, 1));
+  const double epochs = *run.train.num_train_epochs;
+  int64_t steps = 0;
+  for (int64_t epoch = 0; epoch < static_cast<int64_t>(epochs); ++epoch) steps += loader.steps_in_epoch(epoch);
+  const double rest = epochs - std::floor(epochs);
+  if (rest > 0) {
+    const auto last = static_cast<double>(loader.steps_in_epoch(static_cast<int64_t>(epochs)));
+    steps += static_cast<int64_t>(std::ceil(rest * last));
+  }
+  return std::max<int64_t>(1, steps);
+}
+
 CheckedInputs check_inputs(const RunConfig& run, int ranks) {
   check_layout(run, ranks);
   const std::string origin =
@@ -63,6 +80,10 @@ CheckedInputs check_inputs(const RunConfig& run, int ranks) {
   }
   if (!make_method(adapter)->trains_base()) result.targets = select_targets(adapter, linears);
   result.train_samples = check_tokens(run.data.train, model->vocab_size());
+  if (!run.data.train.empty() && (run.train.max_steps || run.train.num_train_epochs)) {
+    adapter.adalora.total_step = total_steps(run, TokenFile(run.data.train));
+    check_schedule(adapter);
+  }
   result.eval_samples = check_tokens(run.data.eval, model->vocab_size());
   return result;
 }

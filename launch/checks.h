@@ -7,6 +7,9 @@
 
 namespace corank {
 
+/// The number of optimizer steps of the run, from max_steps or num_train_epochs.
+int64_t total_steps(const RunConfig& run, const TokenFile& data);
+
 struct CheckedInputs {
   int64_t train_samples = 0, eval_samples = 0;
   int64_t base_parameters = 0;

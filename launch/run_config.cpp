@@ -15,7 +15,11 @@ const std::vector<std::string> kAdapterKeys{"method",          "r",
                                             "lora_alpha",      "lora_dropout",
                                             "target_modules",  "use_rslora",
                                             "rank_pattern",    "alpha_pattern",
-                                            "exclude_modules", "init_lora_weights"};
+                                            "exclude_modules", "init_lora_weights",
+                                            "init_r",          "target_r",
+                                            "tinit",           "tfinal",
+                                            "deltaT",          "beta1",
+                                            "beta2",           "orth_reg_weight"};
 
 int64_t positive(const Section& section, const std::string& key, int64_t value) {
   if (value <= 0) section.fail(key, fmt::format("{} is not positive", value));
@@ -125,14 +129,28 @@ std::string model_yaml(const ModelOptions& m) {
                      m.quantization);
 }
 
+std::string lora_yaml(const AdapterConfig& a) {
+  return fmt::format("  r: {}\n  use_rslora: {}\n  rank_pattern: {}\n  alpha_pattern: {}\n  init_lora_weights: {}\n",
+                     a.r, a.use_rslora, map(a.rank_pattern), map(a.alpha_pattern), quoted(a.init_lora_weights));
+}
+
+std::string adalora_yaml(const AdaLoraConfig& a) {
+  return fmt::format(
+      "  init_r: {}\n  target_r: {}\n  tinit: {}\n  tfinal: {}\n  deltaT: {}\n  beta1: {}\n  beta2: {}\n"
+      "  orth_reg_weight: {}\n",
+      a.init_r, a.target_r, a.tinit, a.tfinal, a.deltaT, a.beta1, a.beta2, a.orth_reg_weight);
+}
+
 std::string adapter_yaml(const AdapterConfig& a) {
-  std::string text = fmt::format(
-      "adapter:\n  method: {}\n  r: {}\n  lora_alpha: {}\n  lora_dropout: {}\n  use_rslora: {}\n  target_modules: {}\n",
-      a.method, a.r, a.lora_alpha, a.lora_dropout, a.use_rslora,
-      a.all_linear ? "all-linear" : pattern(a.target_modules));
+  std::string text =
+      fmt::format("adapter:\n  method: {}\n  lora_alpha: {}\n  lora_dropout: {}\n  target_modules: {}\n", a.method,
+                  a.lora_alpha, a.lora_dropout, a.all_linear ? "all-linear" : pattern(a.target_modules));
   if (!a.exclude_modules.empty()) text += "  exclude_modules: " + pattern(a.exclude_modules) + "\n";
-  text += fmt::format("  rank_pattern: {}\n  alpha_pattern: {}\n  init_lora_weights: {}\n", map(a.rank_pattern),
-                      map(a.alpha_pattern), quoted(a.init_lora_weights));
+  if (a.method == "adalora") {
+    text += adalora_yaml(a.adalora);
+  } else if (a.method != "full") {
+    text += lora_yaml(a);
+  }
   if (!a.path.empty()) text += "  path: " + quoted(a.path) + "\n";
   return text;
 }

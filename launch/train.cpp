@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
-#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -21,20 +20,6 @@ namespace corank {
 namespace {
 
 namespace fs = std::filesystem;
-
-/// The number of optimizer steps of the run.
-int64_t total_steps(const RunConfig& run, const Loader& loader) {
-  if (run.train.max_steps) return *run.train.max_steps;
-  const double epochs = *run.train.num_train_epochs;
-  int64_t steps = 0;
-  for (int64_t epoch = 0; epoch < static_cast<int64_t>(epochs); ++epoch) steps += loader.steps_in_epoch(epoch);
-  const double rest = epochs - std::floor(epochs);
-  if (rest > 0) {
-    const auto last = static_cast<double>(loader.steps_in_epoch(static_cast<int64_t>(epochs)));
-    steps += static_cast<int64_t>(std::ceil(rest * last));
-  }
-  return std::max<int64_t>(1, steps);
-}
 
 void require_complete(const RunConfig& run) {
   if (run.data.train.empty())
@@ -108,7 +93,7 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
     eval_file = std::make_unique<TokenFile>(run.data.eval);
     eval_batches = evaluation_batches(*eval_file, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
   }
-  const int64_t total = total_steps(run, loader);
+  const int64_t total = total_steps(run, data);
   if (const int64_t cut = Sampler(data, run.loader_options(0, 1).sampler).num_truncated(); cut > 0) {
     console.say(fmt::format("{} of {} samples are longer than data.seq_len {} and are cut at their end", grouped(cut),
                             grouped(data.size()), run.data.seq_len));
@@ -139,13 +124,14 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
 
 int run_train(const CommandLine& line, const World& world) {
   const int threads = share_cores(world);
-  const RunConfig run = read_run(line.run_file, line.overrides);
+  RunConfig run = read_run(line.run_file, line.overrides);
   require_complete(run);
   check_inputs_together(run, world);
   watch_signals();
+  const TokenFile data(run.data.train);
+  run.adapter.adalora.total_step = total_steps(run, data);
   Session session(run, world);
   Console console(session.leader(), line.json);
-  const TokenFile data(run.data.train);
   const Outcome outcome = train(session, data, world, console, threads);
   if (outcome.state.step < outcome.total) {
     console.say(

@@ -6,6 +6,7 @@
 #include "data/file.h"
 #include "data/safetensors.h"
 #include "tests/support.h"
+#include "trainer/adapter/rank_budget.h"
 #include "trainer/generation.h"
 
 // Against values that transformers and PEFT computed (tests/golden/make_golden.py), float32 on the CPU. Bounds:
@@ -153,7 +154,108 @@ TEST_P(LoraGolden, WrongScalingIsSeen) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, LoraGolden,
-                         testing::Values("llama", "llama_tied_llama3rope", "llama_biased_headdim", "methods/dora"));
+                         testing::Values("llama", "llama_tied_llama3rope", "llama_biased_headdim", "methods/dora",
+                                         "methods/adalora"));
+
+/// Which triplets of a module live: "0110...".
+std::string alive(const at::Tensor& e_R1) {
+  std::string text;
+  for (int64_t i = 0; i < e_R1.size(0); ++i) text += e_R1[i].item<float>() != 0 ? '1' : '0';
+  return text;
+}
+
+class AdaLoraGolden : public testing::Test {
+ protected:
+  Golden golden_{"methods/adalora"};
+  AdapterFile adapter_ = read_adapter(golden_.path("adapter"));
+  json schedule_ = json::parse(read_file(golden_.path("schedule.json")));
+};
+
+TEST_F(AdaLoraGolden, RegularisedGradientsMatch) {
+  TrainingRun run(nullptr, 1, model_at(golden_.model()), adapter_.config, {}, 42, &adapter_);
+  accumulate(run, golden_.batches());
+  run.method->add_gradients(1, run.mesh);
+  for (const auto& p : run.store.parameters()) {
+    EXPECT_LT(relative_error(p.gradient, golden_.value("grad_regularised." + p.spec.name)), 1e-4) << p.spec.name;
+  }
+}
+
+TEST_F(AdaLoraGolden, MasksOfEveryStepAndTheFolderAtTheEndAreThoseOfPeft) {
+  OptimizerOptions optimizer;
+  optimizer.weight_decay = 0.01;
+  TrainingRun run(nullptr, 1, model_at(golden_.model()), adapter_.config, optimizer, 42, &adapter_);
+  const Schedule schedule{"cosine", 1e-3, 3, 20};
+  for (int64_t step = 1; step <= 20; ++step) {
+    run.step(golden_.batches(), step, lr_at(schedule, step));
+    const json& expected = schedule_["steps"][step - 1];
+    EXPECT_EQ(budget_at(adapter_.config.adalora, 14, step), expected["budget"].get<int64_t>()) << "step " << step;
+    for (size_t m = 0; m < schedule_["modules"].size(); ++m) {
+      const auto name = "base_model.model." + schedule_["modules"][m].get<std::string>() + ".lora_E";
+      EXPECT_EQ(alive(run.store.at(name).master), expected["kept"][m].get<std::string>()) << name << " step " << step;
+    }
+  }
+  AdapterFile result{adapter_.config, "", run.store.gather(run.store.masters(), run.mesh.tp())};
+  run.method->to_peft(result);
+  const AdapterFile final = read_adapter(golden_.path("adapter_final"));
+  EXPECT_EQ(result.config.adalora.kept_ranks, final.config.adalora.kept_ranks);
+  const std::map<std::string, at::Tensor> tensors(result.tensors.begin(), result.tensors.end());
+  for (const auto& [name, tensor] : final.tensors) EXPECT_LT(relative_error(tensors.at(name), tensor), 1e-4) << name;
+  TrainingRun again(nullptr, 1, model_at(golden_.model()), final.config, {}, 42, &final);
+  EXPECT_LT(
+      relative_error(all_logits(*again.model, golden_.tokens(0), again.mesh.tp()), golden_.value("final.logits.0")),
+      1e-5);
+}
+
+/// PEFT's allocator alone over 50 steps, fed with values of a closed formula (make_methods.py).
+class Allocator : public testing::TestWithParam<std::string> {
+ protected:
+  static at::Tensor by_formula(std::vector<int64_t> shape, int64_t number, double c) {
+    int64_t count = 1;
+    for (const int64_t size : shape) count *= size;
+    const at::Tensor i = at::arange(count, at::TensorOptions(at::kLong));
+    return (((i * 7919 + number * 104729).remainder(2003) - 1001).to(at::kFloat) * c).view(shape);
+  }
+};
+
+TEST_P(Allocator, BudgetsAndMasksAreThoseOfPeft) {
+  const json trace = json::parse(read_file(golden("methods/" + GetParam())));
+  const json& c = trace["config"];
+  AdaLoraConfig config;
+  config.init_r = c["init_r"], config.target_r = c["target_r"], config.total_step = c["total_step"];
+  config.beta1 = c["beta1"], config.beta2 = c["beta2"];
+  config.tinit = c["tinit"], config.tfinal = c["tfinal"], config.deltaT = c["deltaT"];
+  const std::vector<std::pair<int64_t, int64_t>> sizes{{20, 28}, {32, 12}, {16, 40}};
+  std::map<int64_t, std::pair<at::Tensor, at::Tensor>> averages;  // by tensor number
+  at::Tensor kept;
+  for (const json& expected : trace["steps"]) {
+    const int64_t step = expected["step"];
+    std::vector<at::Tensor> scores;
+    for (int64_t module = 0; module < 3; ++module) {
+      const auto [in, out] = sizes[module];
+      const std::vector<std::vector<int64_t>> shapes{{6, in}, {out, 6}, {6, 1}};
+      std::vector<at::Tensor> parts;
+      for (int64_t n = 0; n < 3; ++n) {
+        const at::Tensor p = by_formula(shapes[n], 1001 + 20 * step + 3 * module + n, 1.0 / 1024);
+        const at::Tensor g = by_formula(shapes[n], 50000 + 20 * step + 3 * module + n, 1.0 / 4096);
+        auto& [importance, uncertainty] = averages[3 * module + n];
+        if (!importance.defined()) importance = at::zeros_like(p), uncertainty = at::zeros_like(p);
+        if (follows_importance(config, step)) update_importance(importance, uncertainty, p, g, config);
+        parts.push_back(importance * uncertainty);
+      }
+      scores.push_back(parts[2].view({-1}) + parts[0].mean(1) + parts[1].mean(0));
+    }
+    EXPECT_EQ(budget_at(config, 3, step), expected["budget"].get<int64_t>()) << "step " << step;
+    const Masking masking = masking_at(config, step);
+    EXPECT_EQ(masking != Masking::none, expected.contains("kept")) << "step " << step;
+    if (masking == Masking::none) continue;
+    if (masking == Masking::choose) kept = kept_triplets(at::stack(scores), budget_at(config, 3, step));
+    for (int64_t module = 0; module < 3; ++module) {
+      EXPECT_EQ(alive(kept[module].to(at::kFloat)), expected["kept"][module].get<std::string>()) << "step " << step;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Traces, Allocator, testing::Values("allocator_0.json", "allocator_1.json"));
 
 class FullGolden : public testing::Test {
  protected:

@@ -6,10 +6,13 @@ namespace {
 
 INSTANTIATE_TEST_SUITE_P(Methods, Topology,
                          testing::Values(Setting{.name = "dora", .method = "dora"},
-                                         Setting{.name = "dora_dropout", .method = "dora", .dropout = 0.2}),
+                                         Setting{.name = "dora_dropout", .method = "dora", .dropout = 0.2},
+                                         Setting{.name = "adalora", .method = "adalora"}),
                          case_name);
 
-INSTANTIATE_TEST_SUITE_P(Methods, Resume, testing::Values(Setting{.name = "dora", .method = "dora", .dropout = 0.1}),
+INSTANTIATE_TEST_SUITE_P(Methods, Resume,
+                         testing::Values(Setting{.name = "dora", .method = "dora", .dropout = 0.1},
+                                         Setting{.name = "adalora", .method = "adalora"}),
                          case_name);
 
 }  // namespace

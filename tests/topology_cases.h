@@ -40,6 +40,8 @@ AdapterConfig adapter(const Setting& setting) {
   AdapterConfig config;
   config.method = setting.method;
   config.lora_dropout = setting.dropout;
+  config.adalora = {
+      .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
   return config;
 }
 

@@ -12,6 +12,7 @@
 #include "data/file.h"
 #include "data/h5.h"
 #include "data/safetensors.h"
+#include "trainer/adapter/methods.h"
 
 namespace corank {
 namespace {
@@ -30,6 +31,24 @@ std::string canonical_name(std::string name) {
   if (const size_t infix = name.rfind(".default"); infix != std::string::npos) name.erase(infix, 8);
   if (name.ends_with(".lora_magnitude_vector.weight")) name.erase(name.size() - 7);
   return name;
+}
+
+/// The file's ranks; of the schedule what the run file writes.
+AdaLoraConfig merge_adalora(const AdaLoraConfig& run, const std::vector<std::string>& written,
+                            const AdaLoraConfig& file) {
+  AdaLoraConfig merged = file;
+  merged.total_step = run.total_step;
+  const auto take = [&](const char* key, auto& value, const auto& ours) {
+    if (std::count(written.begin(), written.end(), key)) value = ours;
+  };
+  take("target_r", merged.target_r, run.target_r);
+  take("tinit", merged.tinit, run.tinit);
+  take("tfinal", merged.tfinal, run.tfinal);
+  take("deltaT", merged.deltaT, run.deltaT);
+  take("beta1", merged.beta1, run.beta1);
+  take("beta2", merged.beta2, run.beta2);
+  take("orth_reg_weight", merged.orth_reg_weight, run.orth_reg_weight);
+  return merged;
 }
 
 AdapterFile read_peft_folder(const std::string& folder) {
@@ -117,7 +136,8 @@ std::vector<std::string> adapted_modules(const AdapterFile& adapter) {
   return modules;
 }
 
-void write_peft_folder(const std::string& folder, const AdapterFile& adapter) {
+void write_peft_folder(const std::string& folder, AdapterFile adapter) {
+  make_method(adapter.config)->to_peft(adapter);
   make_folders(folder);
   auto tensors = adapter.tensors;
   std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -162,13 +182,16 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
                     "the run file to take the adapter's.",
                     run.path, fmt::join(modules, ", ")));
   }
+  compare("init_r", run.adalora.init_r, file.adalora.init_r);
   for (const std::string& module : modules) {
+    if (file.method == "adalora") continue;
     if (is_written("r") || is_written("rank_pattern")) compare("r", run.rank_of(module), file.rank_of(module));
     if (is_written("lora_alpha") || is_written("alpha_pattern")) {
       compare("lora_alpha", run.alpha_of(module), file.alpha_of(module));
     }
   }
   AdapterConfig merged = file;
+  if (file.method == "adalora") merged.adalora = merge_adalora(run.adalora, written, file.adalora);
   merged.path = run.path;
   merged.lora_dropout = is_written("lora_dropout") ? run.lora_dropout : file.lora_dropout;
   return merged;

@@ -30,6 +30,66 @@ std::optional<double> first_match(const std::vector<std::pair<std::string, doubl
   return std::nullopt;
 }
 
+/// Keys that only some methods have. They are refused beside another method, not ignored.
+struct MethodKey {
+  const char* key;
+  std::vector<std::string> methods;
+};
+
+const std::vector<MethodKey>& method_keys() {
+  static const std::vector<MethodKey> keys{
+      {"use_rslora", {"lora", "dora"}},
+      {"rank_pattern", {"lora", "dora"}},
+      {"alpha_pattern", {"lora", "dora"}},
+      {"init_lora_weights", {"lora", "dora"}},
+      {"init_r", {"adalora"}},
+      {"target_r", {"adalora"}},
+      {"tinit", {"adalora"}},
+      {"tfinal", {"adalora"}},
+      {"deltaT", {"adalora"}},
+      {"beta1", {"adalora"}},
+      {"beta2", {"adalora"}},
+      {"orth_reg_weight", {"adalora"}},
+  };
+  return keys;
+}
+
+/// A file named by adapter.path may bring another method than the run file's default.
+void require_keys_of_method(const Section& section, const AdapterConfig& c) {
+  if (!c.path.empty() && !section.has("method")) return;
+  for (const auto& [key, methods] : method_keys()) {
+    if (!section.has(key) || std::count(methods.begin(), methods.end(), c.method)) continue;
+    section.fail(key, fmt::format("belongs to method {}, this run's method is {}", fmt::join(methods, ", "), c.method));
+  }
+}
+
+AdaLoraConfig read_adalora(const Section& section) {
+  AdaLoraConfig c;
+  c.init_r = section.get<int64_t>("init_r", c.init_r);
+  c.target_r = section.get<int64_t>("target_r", c.target_r);
+  c.tinit = section.get<int64_t>("tinit", c.tinit);
+  c.tfinal = section.get<int64_t>("tfinal", c.tfinal);
+  c.deltaT = section.get<int64_t>("deltaT", c.deltaT);
+  c.beta1 = section.get<double>("beta1", c.beta1);
+  c.beta2 = section.get<double>("beta2", c.beta2);
+  c.orth_reg_weight = section.get<double>("orth_reg_weight", c.orth_reg_weight);
+  return c;
+}
+
+void check_adalora(const AdaLoraConfig& c, const std::string& where) {
+  const auto require = [&](bool good, const char* key, auto value, const char* wanted) {
+    if (!good) throw ConfigError(fmt::format("{}.{}: {} is not {}", where, key, value, wanted));
+  };
+  require(c.init_r > 0, "init_r", c.init_r, "a positive rank");
+  require(c.target_r >= 0 && c.target_r <= c.init_r, "target_r", c.target_r, "in [0, init_r]");
+  require(c.tinit >= 0, "tinit", c.tinit, "a number of steps");
+  require(c.tfinal >= 0, "tfinal", c.tfinal, "a number of steps");
+  require(c.deltaT > 0, "deltaT", c.deltaT, "a positive number of steps");
+  require(c.beta1 > 0 && c.beta1 < 1, "beta1", c.beta1, "in (0, 1)");
+  require(c.beta2 > 0 && c.beta2 < 1, "beta2", c.beta2, "in (0, 1)");
+  require(c.orth_reg_weight >= 0, "orth_reg_weight", c.orth_reg_weight, "a weight of at least 0");
+}
+
 bool is_all_linear(std::string text) {
   std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
   return text == "all-linear";
@@ -76,6 +136,7 @@ bool ModulePattern::matches(const std::string& module) const {
 }
 
 int64_t AdapterConfig::rank_of(const std::string& module) const {
+  if (method == "adalora") return adalora.rank_of(module);
   return static_cast<int64_t>(first_match(rank_pattern, module).value_or(static_cast<double>(r)));
 }
 
@@ -86,6 +147,12 @@ double AdapterConfig::alpha_of(const std::string& module) const {
 double AdapterConfig::scaling_of(const std::string& module) const {
   const auto rank = static_cast<double>(rank_of(module));
   return alpha_of(module) / (use_rslora ? std::sqrt(rank) : rank);
+}
+
+int64_t AdaLoraConfig::rank_of(const std::string& module) const {
+  const auto found = kept_ranks.find(module);
+  if (found == kept_ranks.end()) return init_r;
+  return std::count(found->second.begin(), found->second.end(), true);
 }
 
 AdapterConfig read_adapter_config(const Section& section) {
@@ -101,7 +168,9 @@ AdapterConfig read_adapter_config(const Section& section) {
   c.rank_pattern = read_values(section, "rank_pattern");
   c.alpha_pattern = read_values(section, "alpha_pattern");
   c.init_lora_weights = section.get_choice("init_lora_weights", c.init_lora_weights, {"true", "gaussian"});
+  c.adalora = read_adalora(section);
   c.path = section.get<std::string>("path", "");
+  require_keys_of_method(section, c);
   check(c, section.where());
   return c;
 }
@@ -119,6 +188,16 @@ void check(const AdapterConfig& c, const std::string& where) {
   for (const auto& [key, alpha] : c.alpha_pattern) {
     if (!(alpha > 0)) fail(fmt::format(".alpha_pattern.{}: {} is not positive", key, alpha));
   }
+  if (c.method == "adalora") check_adalora(c.adalora, where);
+}
+
+void check_schedule(const AdapterConfig& config) {
+  const AdaLoraConfig& c = config.adalora;
+  if (config.method != "adalora" || c.tinit < c.total_step - c.tfinal) return;
+  throw ConfigError(fmt::format(
+      "adapter.tinit: {} steps at the start and adapter.tfinal: {} at the end leave none of the run's {} for choosing "
+      "ranks. Lower them or train longer.",
+      c.tinit, c.tfinal, c.total_step));
 }
 
 std::vector<std::string> select_targets(const AdapterConfig& config, const std::vector<std::string>& linears) {

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,6 +21,20 @@ struct ModulePattern {
   bool empty() const { return names.empty() && expression.empty(); }
 };
 
+/// AdaLoRA's own keys, under PEFT's names. Steps are optimizer steps.
+struct AdaLoraConfig {
+  int64_t init_r = 12, target_r = 8;  ///< ranks a module starts with, and has on average at the end
+  int64_t tinit = 0, tfinal = 0;      ///< steps before the first and after the last masking
+  int64_t deltaT = 1;                 ///< steps from one masking to the next
+  double beta1 = 0.85, beta2 = 0.85;  ///< of the averages of importance and its uncertainty
+  double orth_reg_weight = 0.5;
+  int64_t total_step = 0;  ///< of the run
+  /// PEFT's rank_pattern of a finished run: which of a module's init_r ranks the file holds. Empty: all.
+  std::map<std::string, std::vector<bool>> kept_ranks;
+
+  int64_t rank_of(const std::string& module) const;
+};
+
 /// The adapter section of a run, under PEFT's names.
 struct AdapterConfig {
   std::string method = "lora";
@@ -32,6 +47,7 @@ struct AdapterConfig {
   ModulePattern exclude_modules;
   std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;  ///< in file order: the first match wins
   std::string init_lora_weights = "true";                                   ///< true or gaussian
+  AdaLoraConfig adalora;
   std::string path;  ///< PEFT folder or corank checkpoint to start from
 
   /// Rank and scaling of one module: patterns first, then r and lora_alpha; alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -44,6 +60,9 @@ struct AdapterConfig {
 AdapterConfig read_adapter_config(const Section& section);
 /// Throws ConfigError for values no method can use (r <= 0, dropout outside [0, 1), a broken expression).
 void check(const AdapterConfig& config, const std::string& where);
+
+/// AdaLoRA's steps against the run's: ConfigError where no step is left for choosing ranks.
+void check_schedule(const AdapterConfig& config);
 
 /// The modules of `linears` that the config adapts, in order. ConfigError, with the nearest names, if there is none.
 std::vector<std::string> select_targets(const AdapterConfig& config, const std::vector<std::string>& linears);

@@ -13,6 +13,7 @@ struct Method {
 constexpr Method kMethods[] = {
     {"lora", make_lora},
     {"dora", make_dora},
+    {"adalora", make_adalora},
     {"full", make_full},
 };
 

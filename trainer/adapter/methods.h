@@ -13,6 +13,7 @@ namespace corank {
 
 class Model;
 class Optimizer;
+struct AdapterFile;
 
 /// One linear as far as counts go; full sizes.
 struct LinearSize {
@@ -63,6 +64,8 @@ class AdapterMethod {
                                    int64_t /*step*/) const {
     return 0;
   }
+  /// Turns what a checkpoint holds into what PEFT loads.
+  virtual void to_peft(AdapterFile& /*file*/) const {}
   /// The weight of which the adapted linear is the product: the plain formula, on full tensors in one dtype.
   virtual at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const = 0;
 };
@@ -77,6 +80,7 @@ std::unique_ptr<AdapterMethod> make_method(const AdapterConfig& config);
 // The table's entries.
 std::unique_ptr<AdapterMethod> make_lora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_dora(const AdapterConfig& config);
+std::unique_ptr<AdapterMethod> make_adalora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_full(const AdapterConfig& config);
 
 }  // namespace corank

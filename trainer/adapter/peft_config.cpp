@@ -64,36 +64,79 @@ ModulePattern parse_modules(const ordered_json& value) {
   return pattern;
 }
 
-}  // namespace
-
-std::string peft_config_json(const AdapterConfig& config, const std::vector<std::string>& modules,
-                             const std::string& base_model) {
+json lora_fields(const AdapterConfig& config, const std::vector<std::string>& modules) {
   json ranks = json::object(), alphas = json::object();
   for (const std::string& module : modules) {
     if (config.rank_of(module) != config.r) ranks[module] = config.rank_of(module);
     if (config.alpha_of(module) != config.lora_alpha) alphas[module] = number(config.alpha_of(module));
   }
   const bool gaussian = config.init_lora_weights == "gaussian";
-  const json fields{{"alpha_pattern", alphas},
-                    {"auto_mapping", nullptr},
-                    {"base_model_name_or_path", base_model},
-                    {"bias", "none"},
-                    {"fan_in_fan_out", false},
-                    {"inference_mode", true},
-                    {"init_lora_weights", gaussian ? json("gaussian") : json(true)},
-                    {"layers_pattern", nullptr},
-                    {"layers_to_transform", nullptr},
-                    {"lora_alpha", number(config.lora_alpha)},
-                    {"lora_dropout", config.lora_dropout},
-                    {"modules_to_save", nullptr},
-                    {"peft_type", "LORA"},
-                    {"r", config.r},
-                    {"rank_pattern", ranks},
-                    {"revision", nullptr},
-                    {"target_modules", target_list(config, modules)},
-                    {"task_type", "CAUSAL_LM"},
-                    {"use_dora", config.method == "dora"},
-                    {"use_rslora", config.use_rslora}};
+  return {{"peft_type", "LORA"},
+          {"alpha_pattern", alphas},
+          {"init_lora_weights", gaussian ? json("gaussian") : json(true)},
+          {"r", config.r},
+          {"rank_pattern", ranks},
+          {"use_dora", config.method == "dora"},
+          {"use_rslora", config.use_rslora}};
+}
+
+constexpr const char* kE = ".lora_E";
+
+json adalora_fields(const AdaLoraConfig& c) {
+  json kept;  // null before ranks were chosen
+  for (const auto& [module, ranks] : c.kept_ranks) kept[module + kE] = ranks;
+  return {{"peft_type", "ADALORA"},
+          {"r", 8},
+          {"init_lora_weights", true},
+          {"init_r", c.init_r},
+          {"target_r", c.target_r},
+          {"tinit", c.tinit},
+          {"tfinal", c.tfinal},
+          {"deltaT", c.deltaT},
+          {"beta1", c.beta1},
+          {"beta2", c.beta2},
+          {"orth_reg_weight", c.orth_reg_weight},
+          {"total_step", c.total_step},
+          {"rank_pattern", kept}};
+}
+
+AdaLoraConfig parse_adalora(const ordered_json& config) {
+  AdaLoraConfig c;
+  c.init_r = config.value("init_r", c.init_r);
+  c.target_r = config.value("target_r", c.target_r);
+  c.tinit = config.value("tinit", c.tinit);
+  c.tfinal = config.value("tfinal", c.tfinal);
+  c.deltaT = config.value("deltaT", c.deltaT);
+  c.beta1 = config.value("beta1", c.beta1);
+  c.beta2 = config.value("beta2", c.beta2);
+  c.orth_reg_weight = config.value("orth_reg_weight", c.orth_reg_weight);
+  c.total_step = config.value("total_step", c.total_step);
+  if (!config.contains("rank_pattern") || config["rank_pattern"].is_null()) return c;
+  for (const auto& [name, ranks] : config["rank_pattern"].items()) {
+    const size_t end = name.rfind(kE);
+    c.kept_ranks[name.substr(0, end)] = ranks.get<std::vector<bool>>();
+  }
+  return c;
+}
+
+}  // namespace
+
+std::string peft_config_json(const AdapterConfig& config, const std::vector<std::string>& modules,
+                             const std::string& base_model) {
+  json fields{{"auto_mapping", nullptr},
+              {"base_model_name_or_path", base_model},
+              {"bias", "none"},
+              {"fan_in_fan_out", false},
+              {"inference_mode", true},
+              {"layers_pattern", nullptr},
+              {"layers_to_transform", nullptr},
+              {"lora_alpha", number(config.lora_alpha)},
+              {"lora_dropout", config.lora_dropout},
+              {"modules_to_save", nullptr},
+              {"revision", nullptr},
+              {"target_modules", target_list(config, modules)},
+              {"task_type", "CAUSAL_LM"}};
+  fields.update(config.method == "adalora" ? adalora_fields(config.adalora) : lora_fields(config, modules));
   return fields.dump(2) + "\n";
 }
 
@@ -101,9 +144,10 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   const auto config = ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!config.is_object()) throw InputError(origin + ": not a JSON object");
   const auto fail = [&](const std::string& what) { throw InputError(fmt::format("{}: {}", origin, what)); };
-  if (config.value("peft_type", ordered_json()) != "LORA") {
-    fail(fmt::format("peft_type is {}, only LORA can be loaded", config.value("peft_type", ordered_json()).dump()));
-  }
+  const ordered_json type = config.value("peft_type", ordered_json());
+  const bool adalora = type == "ADALORA";
+  if (!adalora && type != "LORA")
+    fail(fmt::format("peft_type is {}, only LORA and ADALORA can be loaded", type.dump()));
   for (const auto& [key, value] : required_fields()) {
     if (config.contains(key) && !config[key].is_null() && json(config[key]) != value) {
       fail(fmt::format("{} is {}; it changes the result and only {} is supported", key, config[key].dump(),
@@ -122,7 +166,7 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   }
   AdapterConfig c;
   try {
-    c.method = config.value("use_dora", false) ? "dora" : "lora";
+    c.method = adalora ? "adalora" : config.value("use_dora", false) ? "dora" : "lora";
     c.r = config.value("r", c.r);
     c.lora_alpha = config.value("lora_alpha", 8.0);  // PEFT's default, not ours
     c.lora_dropout = config.value("lora_dropout", 0.0);
@@ -130,8 +174,12 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
     c.target_modules = parse_modules(config.value("target_modules", ordered_json()));
     c.all_linear = false;
     c.exclude_modules = parse_modules(config.value("exclude_modules", ordered_json()));
-    c.rank_pattern = parse_pattern(config, "rank_pattern");
-    c.alpha_pattern = parse_pattern(config, "alpha_pattern");
+    if (adalora) {
+      c.adalora = parse_adalora(config);
+    } else {
+      c.rank_pattern = parse_pattern(config, "rank_pattern");
+      c.alpha_pattern = parse_pattern(config, "alpha_pattern");
+    }
   } catch (const nlohmann::json::exception& e) {
     fail(e.what());
   }
