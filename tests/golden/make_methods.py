@@ -7,7 +7,7 @@ DIR is tests/golden/methods. Model and samples are those of ../llama: this scrip
 llama/model and llama/batch.json beside itself. One thread and fixed seeds, as make_golden.py; the
 package versions are written to DIR/VERSIONS.json.
 
-Whole models, each a folder: dora, adalora.
+Whole models, each a folder: dora, adalora, pissa.
   adapter/                PEFT folder, all values non-trivial (B, E not 0, magnitudes off the norms)
   reference.safetensors   logits.0, logits.11 F32 [T, V]; loss, grad_norm F64 [1];
                           grad.<file name>, after_1.<file name> F32;
@@ -31,6 +31,31 @@ adapter_final/ is the folder that PEFT saves after step 20. schedule.json has
                           after update_and_allocate, "margin": only where masked: (score of the
                           worst kept triplet - threshold) / threshold
   "rank_pattern"          of the configuration after step 20
+
+pissa: init_lora_weights "pissa", r 4, lora_alpha 8 (so A and B carry 1/sqrt(2)).
+  adapter_init/           A_0, B_0, saved as PEFT's guide says, with init_lora_weights true: on top
+                          of the residual base
+  adapter/                A, B moved from there; init_lora_weights "pissa": PEFT repeats the SVD of
+                          the original base when it loads this. reference.safetensors is of this
+  adapter_lora/           adapter/ as PEFT converts it to LoRA on the original base, r 8
+                          (save_pretrained with path_initial_model_for_weight_conversion)
+reference.safetensors as for dora, and "lora.logits.0", "lora.logits.11" of adapter_lora/.
+init.safetensors: of the base of llama, for modules layers.0.self_attn.q_proj,
+layers.1.self_attn.k_proj, layers.0.mlp.down_proj:
+  singular_values.<module>     F32 [min(d, k)], torch.linalg.svd
+  product.<module>             F32 [d, k]: s B_0 A_0
+  residual.<module>            F32 [d, k]: the base that PEFT leaves
+  bf16.residual.<module>       BF16: the same from the base rounded to bf16 before
+  bf16.product.<module>        F32: s B_0 A_0 with the bf16-rounded factors that PEFT then trains
+Factors are never to be compared entry by entry: signs are free.
+"pissa_niter_4" with s = 1 on W = U diag(q^i) V^T, twice: "slow." W [96, 80], q = 0.8, r 8; "fast."
+W [48, 40], q = 0.3, r 4. What random start was drawn shows in the slow case (another draw gives
+another angle), and hardly in the fast one. Each has
+  W F32; singular_values F64: exact, of the stored W; found F64 [r]: those of PEFT's B A
+  sine_left, sine_right F64 [20]: sine of the largest angle between PEFT's column (row) space and
+                          the exact leading one, for torch seeds 0 to 19; "found" is of seed 0
+  left, right F32         exact leading singular vectors [d, r], [k, r] for measuring one's own
+  optimum F64 [1], error F64 [20]   norm of W minus its best rank-r approximation; of the residuals
 
 allocator_0.json, allocator_1.json: PEFT's allocator alone over 50 steps, for two settings: "config"
 and what adalora/schedule.json has. Modules 0, 1, 2 have (in, out) features
@@ -63,6 +88,7 @@ import argparse
 import contextlib
 import copy
 import json
+import tempfile
 import types
 import warnings
 from functools import partial
@@ -300,6 +326,118 @@ def make_adalora(out):
     write_schedule(folder / "schedule.json", schedule)
 
 
+# PiSSA
+
+PISSA = dict(r=4, lora_alpha=8, target_modules=golden.LINEARS)
+PISSA_MODULES = ["layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.0.mlp.down_proj"]
+
+
+def module_of(model, name):
+    return model.base_model.model.model.get_submodule(name)
+
+
+def product(layer):
+    return (layer.get_delta_weight("default")).detach()
+
+
+def pissa_tensors(model, prefix):
+    out = {}
+    for name in PISSA_MODULES:
+        layer = module_of(model, name)
+        out[f"{prefix}product.{name}"] = product(layer)
+        out[f"{prefix}residual.{name}"] = layer.base_layer.weight
+    return out
+
+
+def pissa_init(model):
+    base = llama().model
+    out = {f"singular_values.{n}": torch.linalg.svdvals(base.get_submodule(n).weight)
+           for n in PISSA_MODULES}
+    out |= pissa_tensors(model, "")
+    low = llama().bfloat16()
+    low = get_peft_model(low, golden.lora_config(**PISSA, init_lora_weights="pissa"))
+    return out | pissa_tensors(low, "bf16.")
+
+
+def convert(model, initial, folder):
+    """PEFT writes a configuration into the folder of the initial adapter, so it gets a copy."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "initial"
+        path.mkdir()
+        for file in initial.iterdir():
+            (path / file.name).write_bytes(file.read_bytes())
+        model.save_pretrained(folder, save_embedding_layers=False,
+                              path_initial_model_for_weight_conversion=str(path))
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def move(model, generator):
+    """By a tenth of each factor's size: what training may do."""
+    with torch.no_grad():
+        for value in trainable(model).values():
+            value.add_(normal(generator, value.shape, 0.1 * value.std().item()))
+
+
+def make_pissa(out):
+    folder, samples = out / "pissa", llama_samples()
+    model = adapted(**PISSA, init_lora_weights="pissa")
+    config = model.peft_config["default"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "init.safetensors", pissa_init(model) | pissa_niters())
+    config.init_lora_weights = True
+    save_whole(model, folder / "adapter_init")
+    config.init_lora_weights = "pissa"
+    move(model, torch.Generator().manual_seed(104))
+    save_whole(model, folder / "adapter")
+    check_reload(model, folder / "adapter", samples)
+    convert(model, folder / "adapter_init", folder / "adapter_lora")
+    check_reload(model, folder / "adapter_lora", samples)
+    converted = PeftModel.from_pretrained(llama(), folder / "adapter_lora")
+    reference = logits(converted, samples, "lora.")
+    write_tensors(folder / "reference.safetensors",
+                  reference | golden.adapter_reference(model, samples, LOGITS_OF))
+
+
+def sine(found, exact):
+    """Of the largest angle between the spaces that the columns span."""
+    q = torch.linalg.qr(found.double()).Q
+    return torch.linalg.matrix_norm(q - exact @ (exact.T @ q), 2)
+
+
+def decaying(generator, d, k, q):
+    u = torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.double)).Q
+    v = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.double)).Q
+    return (u @ torch.diag(q ** torch.arange(k, dtype=torch.double)) @ v.T).float()
+
+
+def niter_factors(w, r, seed):
+    base = torch.nn.Sequential(torch.nn.Linear(w.shape[1], w.shape[0], bias=False))
+    base[0].weight.data = w.clone()
+    torch.manual_seed(seed)
+    config = LoraConfig(target_modules=["0"], r=r, lora_alpha=r, init_lora_weights="pissa_niter_4")
+    layer = get_peft_model(base, config).base_model.model[0]
+    return [part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B)]
+
+
+def pissa_niter(w, r):
+    u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    u, v = u[:, :r], vh[:r].T
+    factors = [niter_factors(w, r, seed) for seed in range(20)]
+    a, b = factors[0]
+    return {
+        "W": w, "singular_values": s, "found": torch.linalg.svdvals(b @ a)[:r],
+        "left": u.float(), "right": v.float(), "optimum": s[r:].norm().reshape(1),
+        "sine_left": torch.stack([sine(b, u) for a, b in factors]),
+        "sine_right": torch.stack([sine(a.T, v) for a, b in factors]),
+        "error": torch.stack([(w.double() - b @ a).norm() for a, b in factors])}
+
+
+def pissa_niters():
+    generator = torch.Generator().manual_seed(105)
+    slow, fast = decaying(generator, 96, 80, 0.8), decaying(generator, 48, 40, 0.3)
+    return prefixed("slow", pissa_niter(slow, 8)) | prefixed("fast", pissa_niter(fast, 4))
+
+
 # AdaLoRA's allocator
 
 ALLOCATOR_SHAPES = [(20, 28), (32, 12), (16, 40)]
@@ -490,8 +628,8 @@ def write_versions(out):
     write_json(out / "VERSIONS.json", {m.__name__: m.__version__ for m in modules})
 
 
-CASES = {"dora": make_dora, "adalora": make_adalora, "allocator": make_allocator,
-         "single_layers": make_single_layers}
+CASES = {"dora": make_dora, "adalora": make_adalora, "pissa": make_pissa,
+         "allocator": make_allocator, "single_layers": make_single_layers}
 
 
 def main():
