@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the reference values of tests/golden/methods: every method but plain LoRA.
 
-    make_methods.py --out DIR [--only CASE]
+    make_methods.py --out DIR [--only CASE] [--mora CHECKOUT]
 
 DIR is tests/golden/methods. Model and samples are those of ../llama: this script reads
 llama/model and llama/batch.json beside itself. One thread and fixed seeds, as make_golden.py; the
@@ -82,11 +82,25 @@ W, b, g rounded to bf16, adapter F32; y and dx BF16, the other gradients F32.
 merged.lora, merged.dora, merged.adalora [48, 40]: weights after PEFT's merge, fp32 throughout;
 unmerged.*: after unmerge; bf16.merged.*, bf16.unmerged.* BF16: the same with a bf16 base;
 bf16.safe_merged.*: with safe_merge.
+
+mora.safetensors: the layer of the authors' fork of PEFT (github.com/kongds/MoRA, commit de5df312),
+run from CHECKOUT; without --mora the case is left out. Parameters are in double, so only the
+rotation tables of type 6 are fp32. All tensors F32. For (k, d) of (64, 64), (80, 96), (96, 40),
+(40, 96), (64, 176), with shape = "<k>x<d>":
+  <shape>.x [4, k], <shape>.g [4, d], <shape>.M [R, R] with R of r = 8
+and for mora_type t of 1, 2, 3, 4, 6 and r of 2, 8, with R = the fork's size of M:
+  <shape>.type<t>.r<r>.y [4, d], .dM [R, R], .dx [4, k]   the adapter's part alone (W = 0), with
+                          the leading R x R block of M; loss = sum(g * y)
+  <shape>.type<t>.r8.delta [d, k]   what the fork's merge adds to the weight, for 96x40 and 40x96;
+                          for all others it was only checked here that delta x = y
+mora.json: R by shape and r, for types 1 to 4 ("sharing") and 6 ("rotation").
 """
 
 import argparse
 import contextlib
 import copy
+import importlib.util
+import itertools
 import json
 import tempfile
 import types
@@ -623,6 +637,69 @@ def make_single_layers(out):
     write_json(out / "single_layers.json", LAYER)
 
 
+# MoRA
+
+MORA_SHAPES = [(64, 64), (80, 96), (96, 40), (40, 96), (64, 176)]
+MORA_TYPES = [1, 2, 3, 4, 6]
+MORA_RANKS = [2, 8]
+MORA_DELTAS = [(96, 40), (40, 96)]
+
+
+def load_mora(checkout):
+    """The fork's layer.py amid the modules of today's PEFT, which it imports."""
+    path = checkout / "peft-mora" / "src" / "peft" / "tuners" / "lora" / "layer.py"
+    spec = importlib.util.spec_from_file_location("peft.tuners.lora.mora_layer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Linear
+
+
+def mora_layer(linear, shape, mora_type, r):
+    base = torch.nn.Linear(*shape, bias=False)
+    torch.nn.init.zeros_(base.weight)
+    return linear(base, "default", r=r, use_mora=True, mora_type=mora_type).double()
+
+
+def mora_values(layer, x, m, g):
+    weight = layer.lora_A["default"].weight
+    weight.data = m.double()
+    x = x.double().requires_grad_()
+    y = layer(x)
+    y.backward(g.double())
+    return {"y": y, "dM": weight.grad, "dx": x.grad, "delta": layer.get_delta_weight("default")}
+
+
+def mora_size(linear, shape, mora_type, r):
+    return mora_layer(linear, shape, mora_type, r).r["default"]
+
+
+def mora_shape(linear, shape, generator):
+    (k, d), size = shape, mora_size(linear, shape, 1, 8)
+    out = {"x": normal(generator, (4, k), 0.5), "g": normal(generator, (4, d), 0.5),
+           "M": normal(generator, (size, size), 0.5)}
+    for mora_type, r in itertools.product(MORA_TYPES, MORA_RANKS):
+        layer = mora_layer(linear, shape, mora_type, r)
+        size = layer.r["default"]
+        values = mora_values(layer, out["x"], out["M"][:size, :size], out["g"])
+        torch.testing.assert_close(out["x"].double() @ values["delta"].T, values["y"])
+        if r != 8 or shape not in MORA_DELTAS:
+            del values["delta"]
+        out |= prefixed(f"type{mora_type}.r{r}", {n: v.float() for n, v in values.items()})
+    return out
+
+
+def make_mora(out, checkout):
+    linear, generator = load_mora(checkout), torch.Generator().manual_seed(106)
+    tensors, sizes = {}, {}
+    for shape in MORA_SHAPES:
+        name = "{}x{}".format(*shape)
+        tensors |= prefixed(name, mora_shape(linear, shape, generator))
+        sizes[name] = {f"r{r}": {"sharing": mora_size(linear, shape, 1, r),
+                                 "rotation": mora_size(linear, shape, 6, r)} for r in MORA_RANKS}
+    write_tensors(out / "mora.safetensors", tensors)
+    write_json(out / "mora.json", sizes)
+
+
 def write_versions(out):
     modules = [numpy, peft, safetensors, torch, transformers]
     write_json(out / "VERSIONS.json", {m.__name__: m.__version__ for m in modules})
@@ -635,16 +712,22 @@ CASES = {"dora": make_dora, "adalora": make_adalora, "pissa": make_pissa,
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=list(CASES))
+    parser.add_argument("--only", choices=[*CASES, "mora"])
+    parser.add_argument("--mora", type=Path, metavar="CHECKOUT")
     options = parser.parse_args()
+    if options.only == "mora" and not options.mora:
+        parser.error("--only mora needs --mora CHECKOUT")
 
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in [options.only] if options.only else CASES:
-        CASES[name](options.out)
+    for name in [options.only] if options.only else [*CASES, "mora"]:
+        if name in CASES:
+            CASES[name](options.out)
+        elif options.mora:
+            make_mora(options.out, options.mora)
     write_versions(options.out)
     for path in options.out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors leaves 0600
