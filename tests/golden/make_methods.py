@@ -7,12 +7,25 @@ DIR is tests/golden/methods. Model and samples are those of ../llama: this scrip
 llama/model and llama/batch.json beside itself. One thread and fixed seeds, as make_golden.py; the
 package versions are written to DIR/VERSIONS.json.
 
-Whole models, each a folder: dora, adalora, pissa.
+Whole models, each a folder: dora, rslora, modules_to_save, loraplus, adalora, pissa.
   adapter/                PEFT folder, all values non-trivial (B, E not 0, magnitudes off the norms)
   reference.safetensors   logits.0, logits.11 F32 [T, V]; loss, grad_norm F64 [1];
                           grad.<file name>, after_1.<file name> F32;
                           losses_20, learning_rates_20, grad_norms_20 F64 [20]
 Loss, steps and "training" as in ../llama/batch.json; see make_golden.py.
+
+rslora: r 4, lora_alpha 8, rank_pattern {"down_proj": 6}. modules_to_save: r 4 on all linears and
+modules_to_save ["lm_head", "model.norm"], whose tensors are in the folder as
+base_model.model.lm_head.weight and base_model.model.model.norm.weight, moved off the base.
+
+loraplus: r 4; after_1 and the *_20 series are steps of the optimizer that PEFT's
+create_loraplus_optimizer makes, with loraplus_lr_ratio 16 and loraplus_weight_decay 0.01, all else
+as in "training"; learning_rates_20 are those of group A, learning_rates_B_20 those of group B.
+loraplus_groups.json: what create_loraplus_optimizer(lr=2e-4, loraplus_lr_ratio=16,
+loraplus_weight_decay=0.1, loraplus_lr_embedding=5e-6) makes of several adapters: a list of
+{"title", "base": folder of tests/golden, "adapter": what LoraConfig (AdaLoraConfig where it has
+init_r) got, "groups": {group: {"lr", "weight_decay", "parameters": [file names, sorted]}}}. Biases
+of the base that train have the names they have in PEFT files.
 
 adalora: init_r 6, target_r 3, total_step 20, tinit 3, tfinal 5, deltaT 2, lora_alpha 16. A step is
 PEFT's: backward of task loss + regulariser, clip, optimizer.step, schedule.step,
@@ -114,8 +127,9 @@ import peft
 import safetensors
 import torch
 import transformers
-from make_golden import doubles, prefixed, trainable, write_json, write_tensors
+from make_golden import doubles, prefixed, trainable, write_json, write_rows, write_tensors
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 
 HERE = Path(__file__).resolve().parent
 LOGITS_OF = [0, 11]
@@ -181,15 +195,82 @@ def check_reload(model, folder, samples):
 
 # Whole models
 
+def make_whole(folder, seed, make=golden.make_optimizer, **fields):
+    model, samples = adapted(**fields), llama_samples()
+    fill(model, torch.Generator().manual_seed(seed))
+    save_whole(model, folder / "adapter")
+    check_reload(model, folder / "adapter", samples)
+    write_tensors(folder / "reference.safetensors",
+                  golden.adapter_reference(model, samples, LOGITS_OF, make))
+
+
 def make_dora(out):
-    generator = torch.Generator().manual_seed(101)
-    model = adapted(r=4, lora_alpha=8, target_modules=golden.LINEARS, use_dora=True)
-    fill(model, generator)
-    samples = llama_samples()
-    save_whole(model, out / "dora" / "adapter")
-    check_reload(model, out / "dora" / "adapter", samples)
-    write_tensors(out / "dora" / "reference.safetensors",
-                  golden.adapter_reference(model, samples, LOGITS_OF))
+    make_whole(out / "dora", 101, r=4, lora_alpha=8, target_modules=golden.LINEARS, use_dora=True)
+
+
+def make_rslora(out):
+    make_whole(out / "rslora", 107, r=4, lora_alpha=8, target_modules=golden.LINEARS,
+               use_rslora=True, rank_pattern={"down_proj": 6})
+
+
+def make_modules_to_save(out):
+    make_whole(out / "modules_to_save", 108, r=4, lora_alpha=8, target_modules=golden.LINEARS,
+               modules_to_save=["lm_head", "model.norm"])
+
+
+# LoRA+
+
+def loraplus_training(model, training):
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=training["learning_rate"], loraplus_lr_ratio=16,
+        loraplus_weight_decay=training["weight_decay"], eps=training["adam_epsilon"],
+        betas=(training["adam_beta1"], training["adam_beta2"]))
+
+
+def make_loraplus(out):
+    make_whole(out / "loraplus", 109, loraplus_training, r=4, lora_alpha=8,
+               target_modules=golden.LINEARS)
+    path = out / "loraplus" / "reference.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["learning_rates_B_20"] = tensors["learning_rates_20"] * 16
+    write_tensors(path, tensors)
+    write_rows(out / "loraplus_groups.json",
+               [{"title": title, "base": base, "adapter": fields,
+                 "groups": loraplus_groups(base, fields)}
+                for title, (base, fields) in LORAPLUS_ADAPTERS.items()])
+
+
+SOME = ["q_proj", "down_proj"]
+LORAPLUS_ADAPTERS = {
+    "lora": ("llama", dict(r=4, target_modules=SOME)),
+    "dora": ("llama", dict(r=4, target_modules=SOME, use_dora=True)),
+    "head and norms saved": ("llama", dict(
+        r=4, target_modules=SOME, modules_to_save=["lm_head", "model.norm", "input_layernorm"])),
+    "embedding adapted": ("llama", dict(r=4, target_modules=[*SOME, "embed_tokens"])),
+    "embedding adapted, dora": ("llama", dict(
+        r=4, target_modules=[*SOME, "embed_tokens"], use_dora=True)),
+    "embedding saved": ("llama", dict(
+        r=4, target_modules=SOME, modules_to_save=["embed_tokens"])),
+    "all biases": ("llama_biased_headdim", dict(
+        r=4, target_modules=["q_proj", "v_proj"], bias="all")),
+    "biases of the adapted": ("llama_biased_headdim", dict(
+        r=4, target_modules=["q_proj", "v_proj"], bias="lora_only")),
+    "bias of B": ("llama", dict(r=4, target_modules=SOME, lora_bias=True)),
+    "adalora": ("llama", dict(init_r=4, total_step=10, target_modules=SOME)),
+}
+LORAPLUS_GROUPS = ["A", "embedding", "B", "B without decay"]
+
+
+def loraplus_groups(base, fields):
+    config = golden.lora_config(**fields) if "r" in fields else AdaLoraConfig(**fields)
+    model = get_peft_model(golden.load_model(HERE / base / "model"), config)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=2e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1,
+        loraplus_lr_embedding=5e-6)
+    names = {id(value): name for name, value in trainable(model).items()}
+    return {group: {"lr": of["lr"], "weight_decay": of["weight_decay"],
+                    "parameters": sorted(names[id(value)] for value in of["params"])}
+            for group, of in zip(LORAPLUS_GROUPS, optimizer.param_groups) if of["params"]}
 
 
 # AdaLoRA
@@ -705,7 +786,8 @@ def write_versions(out):
     write_json(out / "VERSIONS.json", {m.__name__: m.__version__ for m in modules})
 
 
-CASES = {"dora": make_dora, "adalora": make_adalora, "pissa": make_pissa,
+CASES = {"dora": make_dora, "rslora": make_rslora, "modules_to_save": make_modules_to_save,
+         "loraplus": make_loraplus, "adalora": make_adalora, "pissa": make_pissa,
          "allocator": make_allocator, "single_layers": make_single_layers}
 
 
