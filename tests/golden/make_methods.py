@@ -107,6 +107,33 @@ and for mora_type t of 1, 2, 3, 4, 6 and r of 2, 8, with R = the fork's size of 
   <shape>.type<t>.r8.delta [d, k]   what the fork's merge adds to the weight, for 96x40 and 40x96;
                           for all others it was only checked here that delta x = y
 mora.json: R by shape and r, for types 1 to 4 ("sharing") and 6 ("rotation").
+nf4.safetensors: 4-bit NormalFloat and double quantization, by formulas in numpy (float32, every
+operation rounded); nf4.json says for each result whether bitsandbytes on this CPU gives the same
+bits (all it does, but for codes of absmax next to a midpoint, which its CPU code rounds roughly).
+  map F32 [16], thresholds F32 [15], dynamic_map F32 [256], dynamic_thresholds F32 [255]
+and for "normal" [96, 80], "heavy" [64, 64], "odd" [7, 13], "zeros" [3, 128] with a block of zeros
+and "big" [256, 160], three nested blocks:
+  <name>.values           F32 [d, k]; those of "big" are closed_formula([256, 160], 7, 2^-14) of
+                          make_golden.py, times 1 + row % 7
+  <name>.packed           U8 [(n + 1) / 2], element 2i in the high nibble; after an odd count 7; the
+                          codes of a block of zeros are 7
+  <name>.absmax           F32 [n / 64, rounded up]
+  <name>.offset           F32 [1]: torch's float32 mean of absmax
+  <name>.nested_codes     U8, .nested_absmax F32 [blocks / 256, rounded up]
+  <name>.restored_absmax  F32: dynamic_map[code] * nested_absmax + offset
+  <name>.dequantised, .dequantised_bf16   F32, BF16 [d, k]: with restored_absmax; not .dequantised
+                          of "big"
+  <name>.single_dequantised   F32: with absmax itself, without double quantization; not of "big"
+
+int8.safetensors: one scale per row, for "normal", "heavy", "odd" of nf4.safetensors, and
+zeros.values F32 [3, 128]; <name>.scale F32 [d]: absmax / 127, or 1 where the row is zero;
+<name>.codes I8 [d, k]: W / scale, rounded half to even.
+
+llama_nf4/model: the model of llama as bitsandbytes quantises and saves it (nf4, double_quant, the
+seven linears of a layer; fp32 otherwise). llama_nf4/reference.safetensors: logits.0, logits.11 of
+the forward pass in fp32 with weights dequantised by the formulas; dequantised.model.<module>.weight
+F32 for the three modules of pissa/init.safetensors; differing.<weight> I64: at which blocks the
+folder's codes of absmax are not those of the formulas (all 4-bit codes are).
 """
 
 import argparse
@@ -115,12 +142,15 @@ import copy
 import importlib.util
 import itertools
 import json
+import math
 import tempfile
 import types
 import warnings
 from functools import partial
 from pathlib import Path
 
+import bitsandbytes
+import bitsandbytes.functional as bnb
 import make_golden as golden
 import numpy
 import peft
@@ -781,14 +811,186 @@ def make_mora(out, checkout):
     write_json(out / "mora.json", sizes)
 
 
+# NF4 and int8, by the formulas in numpy; bitsandbytes is run beside them
+
+NF4 = numpy.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0], numpy.float32)
+TINY = numpy.float32(1e-38)
+NESTED_BLOCK = 256
+
+
+def midpoints(values):
+    return (values[1:] + values[:-1]) / numpy.float32(2)
+
+
+def dynamic_map():
+    """For e = 0 to 6 the 2^e midpoints of 2^e equal parts of [0.1, 1], times 10^(e-6), both signs."""
+    values = [numpy.array([0, 1], numpy.float32)]
+    for e in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** e + 1, dtype=torch.float32).numpy()
+        part = numpy.float32(10.0 ** (e - 6)) * midpoints(edges)
+        values += [part, -part]
+    return numpy.sort(numpy.concatenate(values))
+
+
+def in_blocks(flat, size):
+    return [flat[i:i + size] for i in range(0, len(flat), size)]
+
+
+def block_codes(flat, values, size):
+    """Codes (number of midpoints strictly below) and largest magnitude of every block."""
+    edges, codes, tops = midpoints(values), [], []
+    for block in in_blocks(flat, size):
+        tops.append(abs(block).max())
+        scaled = block * (numpy.float32(1) / max(tops[-1], TINY))
+        codes.append(numpy.searchsorted(edges, scaled, side="left"))
+    return numpy.concatenate(codes).astype(numpy.uint8), numpy.array(tops, numpy.float32)
+
+
+def restore(codes, values, tops, size):
+    parts = [values[block] * top for block, top in zip(in_blocks(codes, size), tops)]
+    return numpy.concatenate(parts)
+
+
+def pack(codes):
+    codes = numpy.append(codes, numpy.full(len(codes) % 2, 7, numpy.uint8))
+    return (codes[::2] << 4) | codes[1::2]
+
+
+def unpack(packed, count):
+    return numpy.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], 1).reshape(-1)[:count]
+
+
+def quantise_nf4(w):
+    """The offset, whose last bit hangs on the order of the sum, is torch's float32 mean."""
+    codes, tops = block_codes(w.reshape(-1), NF4, 64)
+    offset = torch.from_numpy(tops).mean().numpy()
+    nested_codes, nested_tops = block_codes(tops - offset, dynamic_map(), NESTED_BLOCK)
+    restored = restore(nested_codes, dynamic_map(), nested_tops, NESTED_BLOCK) + offset
+    return {"packed": pack(codes), "absmax": tops, "offset": offset.reshape(1),
+            "nested_codes": nested_codes, "nested_absmax": nested_tops, "restored_absmax": restored,
+            "dequantised": restore(codes, NF4, restored, 64).reshape(w.shape),
+            "single_dequantised": restore(codes, NF4, tops, 64).reshape(w.shape)}
+
+
+def bitsandbytes_nf4(w):
+    """Of the flattened tensor: its CPU code dequantises rows of 80 or 160 numbers wrongly."""
+    shape, w = w.shape, w.reshape(-1)
+    plain, plain_state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    nested = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    assert torch.equal(plain, packed)
+    values = {"packed": packed.view(-1), "absmax": plain_state.absmax,
+              "offset": state.offset.reshape(1), "nested_codes": state.absmax,
+              "nested_absmax": state.state2.absmax, "restored_absmax": nested,
+              "dequantised": bnb.dequantize_4bit(packed, state).reshape(shape),
+              "single_dequantised": bnb.dequantize_4bit(plain, plain_state).reshape(shape)}
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def same_bits(ours, theirs):
+    """Zeros may differ in sign."""
+    return {name: bool(numpy.array_equal(ours[name], theirs[name])) for name in ours}
+
+
+def nf4_tensors():
+    generator = torch.Generator().manual_seed(110)
+    tensors = {"normal": normal(generator, (96, 80), 0.05)}
+    tensors["heavy"] = normal(generator, (64, 64), 0.05) * normal(generator, (64, 64), 1).exp()
+    tensors["odd"] = normal(generator, (7, 13), 0.02)
+    tensors["zeros"] = normal(generator, (3, 128), 0.3)
+    tensors["zeros"][1, :64] = 0
+    rows = 1 + torch.arange(256)[:, None] % 7
+    tensors["big"] = golden.closed_formula((256, 160), 7, 2.0 ** -14) * rows
+    return tensors
+
+
+def make_nf4(out):
+    values = {"map": NF4, "thresholds": midpoints(NF4), "dynamic_map": dynamic_map(),
+              "dynamic_thresholds": midpoints(dynamic_map())}
+    same = {"map": bool((bnb.get_4bit_type("nf4", device="cpu").numpy() == NF4).all()),
+            "dynamic_map": bool((bnb.create_dynamic_map().numpy() == dynamic_map()).all())}
+    tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+    for name, w in nf4_tensors().items():
+        ours = quantise_nf4(w.numpy())
+        same[name] = same_bits(ours, bitsandbytes_nf4(w))
+        parts = {n: torch.from_numpy(v) for n, v in ours.items()}
+        parts["dequantised_bf16"] = parts["dequantised"].bfloat16()
+        if name == "big":
+            del parts["dequantised"], parts["single_dequantised"]
+        else:
+            parts["values"] = w
+        tensors |= prefixed(name, parts)
+    write_tensors(out / "nf4.safetensors", tensors)
+    write_json(out / "nf4.json", {"same_bits_as_bitsandbytes_on_cpu": same})
+
+
+def make_int8(out):
+    given = nf4_tensors()
+    given["zeros"][2] = 0
+    tensors = {"zeros.values": given["zeros"]}
+    for name in ("normal", "heavy", "odd", "zeros"):
+        w = given[name].numpy()
+        top = abs(w).max(1)
+        scale = numpy.where(top == 0, numpy.float32(1), top / numpy.float32(127))
+        codes = numpy.rint(w / scale[:, None])
+        parts = {"codes": codes.astype(numpy.int8), "scale": scale}
+        tensors |= prefixed(name, {n: torch.from_numpy(v) for n, v in parts.items()})
+    write_tensors(out / "int8.safetensors", tensors)
+
+
+def quantised_llama():
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        HERE / "llama" / "model", quantization_config=config, device_map="cpu",
+        dtype=torch.float32, attn_implementation="eager")
+
+
+def dequantised_weight(stored, name):
+    """By the formulas, from the tensors of a bitsandbytes folder."""
+    part = lambda suffix: stored[f"{name}.{suffix}"].numpy()
+    state = json.loads(bytes(part("quant_state.bitsandbytes__nf4").tolist()))
+    restored = restore(part("absmax"), part("nested_quant_map"), part("nested_absmax"),
+                       state["nested_blocksize"]) + numpy.float32(state["nested_offset"])
+    count = math.prod(state["shape"])
+    codes = unpack(stored[name].numpy(), count)
+    w = restore(codes, part("quant_map"), restored, state["blocksize"]).reshape(state["shape"])
+    return torch.from_numpy(w)
+
+
+def make_llama_nf4(out):
+    folder, samples = out / "llama_nf4", llama_samples()
+    quantised_llama().save_pretrained(folder / "model")
+    (folder / "model" / "generation_config.json").unlink(missing_ok=True)
+    stored = safetensors.torch.load_file(folder / "model" / "model.safetensors")
+    model, reference = llama(), {}
+    for name, value in model.named_parameters():
+        if f"{name}.absmax" in stored:
+            ours = quantise_nf4(value.detach().numpy())
+            assert (ours["packed"] == stored[name].view(-1).numpy()).all()
+            differing = ours["nested_codes"] != stored[f"{name}.absmax"].numpy()
+            reference[f"differing.{name}"] = torch.from_numpy(differing.nonzero()[0])
+            value.data = dequantised_weight(stored, name)
+    for name in PISSA_MODULES:
+        weight = f"model.{name}.weight"
+        reference[f"dequantised.{weight}"] = model.get_parameter(weight)
+    write_tensors(folder / "reference.safetensors", reference | logits(model, samples))
+
+
 def write_versions(out):
-    modules = [numpy, peft, safetensors, torch, transformers]
+    modules = [bitsandbytes, numpy, peft, safetensors, torch, transformers]
     write_json(out / "VERSIONS.json", {m.__name__: m.__version__ for m in modules})
 
 
 CASES = {"dora": make_dora, "rslora": make_rslora, "modules_to_save": make_modules_to_save,
          "loraplus": make_loraplus, "adalora": make_adalora, "pissa": make_pissa,
-         "allocator": make_allocator, "single_layers": make_single_layers}
+         "allocator": make_allocator, "single_layers": make_single_layers,
+         "nf4": make_nf4, "int8": make_int8, "llama_nf4": make_llama_nf4}
 
 
 def main():
