@@ -59,7 +59,8 @@ layers.1.self_attn.k_proj, layers.0.mlp.down_proj:
   product.<module>             F32 [d, k]: s B_0 A_0
   residual.<module>            F32 [d, k]: the base that PEFT leaves
   bf16.residual.<module>       BF16: the same from the base rounded to bf16 before
-  bf16.product.<module>        F32: s B_0 A_0 with the bf16-rounded factors that PEFT then trains
+  bf16.product.<module>        F32: s B_0 A_0 with the bf16-rounded factors that PEFT then trains;
+                               not of down_proj
 Factors are never to be compared entry by entry: signs are free.
 "pissa_niter_4" with s = 1 on W = U diag(q^i) V^T, twice: "slow." W [96, 80], q = 0.8, r 8; "fast."
 W [48, 40], q = 0.3, r 4. What random start was drawn shows in the slow case (another draw gives
@@ -134,6 +135,14 @@ seven linears of a layer; fp32 otherwise). llama_nf4/reference.safetensors: logi
 the forward pass in fp32 with weights dequantised by the formulas; dequantised.model.<module>.weight
 F32 for the three modules of pissa/init.safetensors; differing.<weight> I64: at which blocks the
 folder's codes of absmax are not those of the formulas (all 4-bit codes are).
+
+combine: PEFT's add_weighted_adapter on adapters of the model of llama. The adapters (first, second,
+third, rslora_first, rslora_second) and the results are PEFT folders; cases.json has for each result "adapters", "weights",
+"combination_type", "svd_rank" (null: not given) and "scaling" by adapted module as PEFT then has
+it. products.safetensors: <result>.<module> F32 [d, k], s B A of the result for modules
+layers.0.self_attn.q_proj, which all adapt, and layers.1.self_attn.v_proj, which second doesn't. Of an svd result compare products only: signs are free.
+linear_rslora: both are rsLoRA, and PEFT keeps the flag with alpha = r, so that the result's scaling
+is sqrt(r), not 1; its folder and its product are PEFT's, with that scaling.
 """
 
 import argparse
@@ -160,6 +169,7 @@ import transformers
 from make_golden import doubles, prefixed, trainable, write_json, write_rows, write_tensors
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
 
 HERE = Path(__file__).resolve().parent
 LOGITS_OF = [0, 11]
@@ -461,15 +471,11 @@ def module_of(model, name):
     return model.base_model.model.model.get_submodule(name)
 
 
-def product(layer):
-    return (layer.get_delta_weight("default")).detach()
-
-
 def pissa_tensors(model, prefix):
     out = {}
     for name in PISSA_MODULES:
         layer = module_of(model, name)
-        out[f"{prefix}product.{name}"] = product(layer)
+        out[f"{prefix}product.{name}"] = layer.get_delta_weight("default")
         out[f"{prefix}residual.{name}"] = layer.base_layer.weight
     return out
 
@@ -481,7 +487,9 @@ def pissa_init(model):
     out |= pissa_tensors(model, "")
     low = llama().bfloat16()
     low = get_peft_model(low, golden.lora_config(**PISSA, init_lora_weights="pissa"))
-    return out | pissa_tensors(low, "bf16.")
+    out |= pissa_tensors(low, "bf16.")
+    del out[f"bf16.product.{PISSA_MODULES[-1]}"]  # large
+    return out
 
 
 def convert(model, initial, folder):
@@ -982,6 +990,68 @@ def make_llama_nf4(out):
     write_tensors(folder / "reference.safetensors", reference | logits(model, samples))
 
 
+# Weighted adapters
+
+COMBINE_ADAPTERS = {
+    "first": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    "second": dict(r=4, lora_alpha=2, target_modules=["q_proj", "k_proj"]),
+    "third": dict(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj"],
+                  alpha_pattern={"layers.1.self_attn.v_proj": 3}),
+    "rslora_first": dict(r=4, lora_alpha=3, target_modules=["q_proj", "v_proj"], use_rslora=True),
+    "rslora_second": dict(r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=True),
+}
+COMBINE_CASES = {
+    "linear": (["first", "second"], [0.7, -0.4], "linear", None),
+    "cat": (["first", "second", "third"], [0.7, -0.4, 1.5], "cat", None),
+    "svd": (["first", "second", "third"], [0.7, -0.4, 1.5], "svd", None),
+    "svd_rank_3": (["first", "second", "third"], [0.7, -0.4, 1.5], "svd", 3),
+    "single_svd": (["first"], [-0.5], "svd", None),
+    "linear_rslora": (["rslora_first", "rslora_second"], [0.7, -0.4], "linear", None),
+}
+COMBINE_MODULES = ["layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"]
+
+
+def combine_model():
+    generator = torch.Generator().manual_seed(111)
+    configs = {name: golden.lora_config(**fields) for name, fields in COMBINE_ADAPTERS.items()}
+    model = get_peft_model(llama(), configs["first"], adapter_name="first")
+    for name in list(configs)[1:]:
+        model.add_adapter(name, configs[name])
+    with torch.no_grad():
+        for name, value in sorted(model.named_parameters()):
+            if "lora_" in name:
+                value.copy_(normal(generator, value.shape, 0.2))
+    return model
+
+
+def combined_scaling(model, result):
+    return {name: module.scaling[result] for name, module in model.base_model.model.named_modules()
+            if isinstance(module, LoraLayer) and result in module.scaling}
+
+
+def save_combined(model, folder):
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = NAME
+        config.target_modules = sorted(config.target_modules)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def make_combine(out):
+    folder, model, products, cases = out / "combine", combine_model(), {}, {}
+    for result, (adapters, weights, how, rank) in COMBINE_CASES.items():
+        model.add_weighted_adapter(adapters, weights, result, combination_type=how, svd_rank=rank)
+        cases[result] = {"adapters": adapters, "weights": weights, "combination_type": how,
+                         "svd_rank": rank, "scaling": combined_scaling(model, result)}
+        for name in COMBINE_MODULES:
+            layer = module_of(model, name)
+            if result in layer.lora_A:
+                products[f"{result}.{name}"] = layer.get_delta_weight(result)
+    save_combined(model, folder)
+    write_tensors(folder / "products.safetensors", products)
+    write_json(folder / "cases.json", cases)
+
+
 def write_versions(out):
     modules = [bitsandbytes, numpy, peft, safetensors, torch, transformers]
     write_json(out / "VERSIONS.json", {m.__name__: m.__version__ for m in modules})
@@ -990,7 +1060,8 @@ def write_versions(out):
 CASES = {"dora": make_dora, "rslora": make_rslora, "modules_to_save": make_modules_to_save,
          "loraplus": make_loraplus, "adalora": make_adalora, "pissa": make_pissa,
          "allocator": make_allocator, "single_layers": make_single_layers,
-         "nf4": make_nf4, "int8": make_int8, "llama_nf4": make_llama_nf4}
+         "nf4": make_nf4, "int8": make_int8, "llama_nf4": make_llama_nf4,
+         "combine": make_combine}
 
 
 def main():
