@@ -108,6 +108,7 @@ and for mora_type t of 1, 2, 3, 4, 6 and r of 2, 8, with R = the fork's size of 
   <shape>.type<t>.r8.delta [d, k]   what the fork's merge adds to the weight, for 96x40 and 40x96;
                           for all others it was only checked here that delta x = y
 mora.json: R by shape and r, for types 1 to 4 ("sharing") and 6 ("rotation").
+
 nf4.safetensors: 4-bit NormalFloat and double quantization, by formulas in numpy (float32, every
 operation rounded); nf4.json says for each result whether bitsandbytes on this CPU gives the same
 bits (all it does, but for codes of absmax next to a midpoint, which its CPU code rounds roughly).
@@ -137,10 +138,11 @@ F32 for the three modules of pissa/init.safetensors; differing.<weight> I64: at 
 folder's codes of absmax are not those of the formulas (all 4-bit codes are).
 
 combine: PEFT's add_weighted_adapter on adapters of the model of llama. The adapters (first, second,
-third, rslora_first, rslora_second) and the results are PEFT folders; cases.json has for each result "adapters", "weights",
-"combination_type", "svd_rank" (null: not given) and "scaling" by adapted module as PEFT then has
-it. products.safetensors: <result>.<module> F32 [d, k], s B A of the result for modules
-layers.0.self_attn.q_proj, which all adapt, and layers.1.self_attn.v_proj, which second doesn't. Of an svd result compare products only: signs are free.
+third, rslora_first, rslora_second) and the results are PEFT folders; cases.json has for each result
+"adapters", "weights", "combination_type", "svd_rank" (null: not given) and "scaling" by adapted
+module as PEFT then has it. products.safetensors: <result>.<module> F32 [d, k], s B A of the result,
+for layers.0.self_attn.q_proj, which all adapt, and layers.1.self_attn.v_proj, which second doesn't.
+Of an svd result compare products only: signs are free.
 linear_rslora: both are rsLoRA, and PEFT keeps the flag with alpha = r, so that the result's scaling
 is sqrt(r), not 1; its folder and its product are PEFT's, with that scaling.
 """
@@ -194,15 +196,13 @@ def normal(generator, shape, scale):
 
 def fill(model, generator):
     """LoRA factors as in make_golden.py; what has trained values already is perturbed."""
-    golden_like = {n: p for n, p in trainable(model).items() if ".lora_A." in n or ".lora_B." in n}
     with torch.no_grad():
         for name, value in trainable(model).items():
-            if name in golden_like:
+            if ".lora_A." in name:
                 bound = value.shape[1] ** -0.5
-                if "lora_A" in name:
-                    value.copy_((2 * torch.rand(value.shape, generator=generator) - 1) * bound)
-                else:
-                    value.copy_(normal(generator, value.shape, 0.02))
+                value.copy_((2 * torch.rand(value.shape, generator=generator) - 1) * bound)
+            elif ".lora_B." in name:
+                value.copy_(normal(generator, value.shape, 0.02))
             elif name.endswith("lora_magnitude_vector"):
                 value.mul_(1 + normal(generator, value.shape, 0.1))
             else:
@@ -411,8 +411,8 @@ def write_schedule(path, schedule):
     rest = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in schedule.items()
             if k not in ("steps", "rank_pattern")]
     rest = "".join(line + ",\n" for line in rest)
-    path.write_text(f'{{\n{rest} "steps": [\n{steps}\n ],\n "rank_pattern": {{\n{pattern}\n }}\n}}\n',
-                    "ascii")
+    steps, pattern = f"[\n{steps}\n ]", f"{{\n{pattern}\n }}"
+    path.write_text(f'{{\n{rest} "steps": {steps},\n "rank_pattern": {pattern}\n}}\n', "ascii")
 
 
 def train_adalora(model, samples, training):
@@ -706,7 +706,7 @@ def initial_magnitude(given, base, nonzero):
     """PEFT draws A and B where init_lora_weights is false, and then takes the norms."""
     config = layer_config("dora")
     config.init_lora_weights = not nonzero
-    draw, torch.nn.Linear.reset_parameters = torch.nn.Linear.reset_parameters, partial_given(given)
+    draw, torch.nn.Linear.reset_parameters = torch.nn.Linear.reset_parameters, draw_given(given)
     try:
         model = get_peft_model(base_layer(given, base), config)
     finally:
@@ -714,7 +714,8 @@ def initial_magnitude(given, base, nonzero):
     return adapter_parts(model)["m"].detach()
 
 
-def partial_given(given):
+def draw_given(given):
+    """Stands for the method that draws a linear's weights."""
     by_shape = {tuple(given[n].shape): given[n] for n in ("W", "A", "B")}
 
     def fill_by_shape(linear):
@@ -734,20 +735,19 @@ def merged(given, method, base, **how):
 
 def make_single_layers(out):
     given, values = layer_given(), {}
-    add = lambda prefix, tensors: values.update(prefixed(prefix, tensors))
     low = partial(layer_values, given, base=torch.bfloat16, adapter=torch.float32)
     for method in ("lora", "dora", "adalora"):
-        add(method, layer_values(given, method))
-        add(f"bf16.{method}", low(method))
+        values |= prefixed(method, layer_values(given, method))
+        values |= prefixed(f"bf16.{method}", low(method))
         if method != "adalora":
-            add(f"{method}_dropout", layer_values(given, method, mask=True))
+            values |= prefixed(f"{method}_dropout", layer_values(given, method, mask=True))
         values[f"merged.{method}"], values[f"unmerged.{method}"] = merged(
             given, method, torch.float32)
         values[f"bf16.merged.{method}"], values[f"bf16.unmerged.{method}"] = merged(
             given, method, torch.bfloat16)
         values[f"bf16.safe_merged.{method}"] = merged(
             given, method, torch.bfloat16, safe_merge=True)[0]
-    add("bf16.dora_dropout", low("dora", mask=True))
+    values |= prefixed("bf16.dora_dropout", low("dora", mask=True))
     values |= layer_norms(given) | layer_regulariser(given)
     for name, base in (("", torch.float32), ("_bf16", torch.bfloat16)):
         values[f"initial.m{name}"] = initial_magnitude(given, base, False)
@@ -835,7 +835,7 @@ def midpoints(values):
 
 
 def dynamic_map():
-    """For e = 0 to 6 the 2^e midpoints of 2^e equal parts of [0.1, 1], times 10^(e-6), both signs."""
+    """For e = 0 to 6 the midpoints of 2^e equal parts of [0.1, 1], times 10^(e-6), both signs."""
     values = [numpy.array([0, 1], numpy.float32)]
     for e in range(7):
         edges = torch.linspace(0.1, 1, 2 ** e + 1, dtype=torch.float32).numpy()
@@ -961,7 +961,9 @@ def quantised_llama():
 
 def dequantised_weight(stored, name):
     """By the formulas, from the tensors of a bitsandbytes folder."""
-    part = lambda suffix: stored[f"{name}.{suffix}"].numpy()
+    def part(suffix):
+        return stored[f"{name}.{suffix}"].numpy()
+
     state = json.loads(bytes(part("quant_state.bitsandbytes__nf4").tolist()))
     restored = restore(part("absmax"), part("nested_quant_map"), part("nested_absmax"),
                        state["nested_blocksize"]) + numpy.float32(state["nested_offset"])
@@ -1079,6 +1081,7 @@ def main():
     torch.use_deterministic_algorithms(True)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in [options.only] if options.only else [*CASES, "mora"]:
+        torch.manual_seed(0)  # add_weighted_adapter leaves the signs of drawn numbers on its zeros
         if name in CASES:
             CASES[name](options.out)
         elif options.mora:
