@@ -9,7 +9,7 @@ namespace corank {
 /// What a collective is for. Every byte is counted under one of these.
 enum class Purpose {
   adapter_gradients,   ///< sum of adapter gradients, once a step
-  weight_gradients,    ///< the same where base weights train (full fine-tuning, modules_to_save)
+  weight_gradients,    ///< the same where base weights train (full fine-tuning)
   tensor_activations,  ///< activations and their gradients between tensor-parallel ranks
   vocabulary_loss,     ///< softmax statistics of the vocabulary-parallel cross entropy
   gradient_norm,       ///< squares of sharded gradients

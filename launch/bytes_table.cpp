@@ -25,7 +25,7 @@ std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig
                                            const std::vector<BatchSize>& micro_batches) {
   const Mesh& mesh = session.mesh();
   const int64_t element = session.run().model.dtype == at::kFloat ? 4 : 2;
-  return predict_step_bytes(traffic_shape(session.model()), adapter, mesh.tp().size(), mesh.dp().size(),
+  return predict_step_bytes(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
                             static_cast<int>(element), session.run().model.checkpointing, micro_batches);
 }
 

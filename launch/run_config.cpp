@@ -19,7 +19,9 @@ const std::vector<std::string> kAdapterKeys{"method",          "r",
                                             "init_r",          "target_r",
                                             "tinit",           "tfinal",
                                             "deltaT",          "beta1",
-                                            "beta2",           "orth_reg_weight"};
+                                            "beta2",           "orth_reg_weight",
+                                            "mora_type",       "loraplus_lr_ratio",
+                                            "modules_to_save"};
 
 int64_t positive(const Section& section, const std::string& key, int64_t value) {
   if (value <= 0) section.fail(key, fmt::format("{} is not positive", value));
@@ -148,9 +150,13 @@ std::string adapter_yaml(const AdapterConfig& a) {
   if (!a.exclude_modules.empty()) text += "  exclude_modules: " + pattern(a.exclude_modules) + "\n";
   if (a.method == "adalora") {
     text += adalora_yaml(a.adalora);
+  } else if (a.method == "mora") {
+    text += fmt::format("  r: {}\n  rank_pattern: {}\n  mora_type: {}\n", a.r, map(a.rank_pattern), a.mora_type);
   } else if (a.method != "full") {
     text += lora_yaml(a);
   }
+  if (a.method != "full") text += fmt::format("  loraplus_lr_ratio: {}\n", a.loraplus_lr_ratio);
+  if (!a.modules_to_save.empty()) text += "  modules_to_save: " + list(a.modules_to_save) + "\n";
   if (!a.path.empty()) text += "  path: " + quoted(a.path) + "\n";
   return text;
 }

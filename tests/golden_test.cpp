@@ -71,7 +71,9 @@ ModelOptions model_at(const std::string& path, at::ScalarType dtype = at::kFloat
 
 class LoraGolden : public testing::TestWithParam<std::string> {
  protected:
-  LoraGolden() : golden_(GetParam()), adapter_(read_adapter(golden_.path("adapter"))) {}
+  LoraGolden() : golden_(GetParam()), adapter_(read_adapter(golden_.path("adapter"))) {
+    if (GetParam() == "methods/loraplus") adapter_.config.loraplus_lr_ratio = 16;  // not in PEFT's file
+  }
 
   std::unique_ptr<TrainingRun> start(OptimizerOptions optimizer = {}, at::ScalarType dtype = at::kFloat) {
     const ModelOptions options = model_at(golden_.model(), dtype);
@@ -107,7 +109,9 @@ TEST_P(LoraGolden, ParametersAfterOneStepMatch) {
   const auto run = start(optimizer);
   run->step(golden_.batches(), 1, 1e-3, /*max_grad_norm=*/0);
   for (const auto& p : run->store.parameters()) {
-    EXPECT_LT(relative_error(p.master, golden_.value("after_1." + p.spec.name)), 1e-5) << p.spec.name;
+    // Adam's first step divides a gradient by itself: rounding shows where it is near 0, as in many places of a norm's.
+    const double bound = p.spec.name.ends_with("norm.weight") ? 2e-5 : 1e-5;
+    EXPECT_LT(relative_error(p.master, golden_.value("after_1." + p.spec.name)), bound) << p.spec.name;
   }
 }
 
@@ -155,7 +159,8 @@ TEST_P(LoraGolden, WrongScalingIsSeen) {
 
 INSTANTIATE_TEST_SUITE_P(Cases, LoraGolden,
                          testing::Values("llama", "llama_tied_llama3rope", "llama_biased_headdim", "methods/dora",
-                                         "methods/adalora"));
+                                         "methods/adalora", "methods/rslora", "methods/modules_to_save",
+                                         "methods/loraplus"));
 
 /// Which triplets of a module live: "0110...".
 std::string alive(const at::Tensor& e_R1) {

@@ -12,6 +12,7 @@
 #include "trainer/ops/dropout.h"
 #include "trainer/ops/embedding.h"
 #include "trainer/ops/linear.h"
+#include "trainer/ops/mora.h"
 #include "trainer/ops/philox.h"
 #include "trainer/ops/random.h"
 #include "trainer/ops/recompute.h"
@@ -166,6 +167,43 @@ TEST(Linear, KeepsNoWeightForBackward) {
   EXPECT_TRUE(w.last.expired());
   torch::autograd::backward({weigh(y[0])}, {});
   EXPECT_TRUE(a.grad().defined() && b.grad().defined() && x.grad().defined());
+}
+
+/// Forward against the dense matrix of the index formulas, gradients against finite differences, for shapes with and
+/// without padding, and the sum of two ranks' parts against one rank.
+TEST(Mora, EveryTypeIsItsDenseMatrix) {
+  using enum Grouping;
+  const std::pair<Grouping, Grouping> types[] = {
+      {modulo, modulo}, {block, block}, {block, modulo}, {modulo, block}, {rotate, rotate}};
+  for (const auto& [compress, decompress] : types) {
+    for (const auto& [in, out, r] : {std::tuple{12, 12, 6}, {10, 14, 4}, {14, 8, 6}, {8, 20, 6}, {12, 18, 4}}) {
+      const at::Tensor x = leaf({5, in}, "x"), m = leaf({r, r}, "m");
+      const Fixed w(random({out, in}, "w"));
+      const Dropout drop{0.3, 5, at::arange(5, at::TensorOptions(at::kLong)), 0};
+      for (const Dropout& dropout_ : {Dropout{}, drop}) {
+        const Mora whole{trainable(m), compress, decompress, {in, 0, in}, {out, 0, out}, dropout_};
+        const auto y = [&] { return linear(x, {{&w, {}, {}, std::make_shared<MoraUpdate>(whole)}})[0]; };
+        const at::Tensor delta = mora_delta(m.detach(), compress, decompress, in, out);
+        const at::Tensor plain = at::mm(x, w.w_OI.t()) + at::mm(dropout(x.detach(), dropout_), delta.t());
+        EXPECT_LT(relative_error(y(), plain), compress == rotate ? 1e-6 : 1e-13);
+        EXPECT_LT(gradient_error([&] { return weigh(y()); }, {x, m}), kGradientBound);
+      }
+      for (const bool row : {false, true}) {
+        at::Tensor sum;
+        for (const int64_t rank : {0, 1}) {
+          const int64_t half_in = in / 2, half_out = out / 2;
+          const Extent i = row ? Extent{in, rank * half_in, half_in} : Extent{in, 0, in};
+          const Extent o = row ? Extent{out, 0, out} : Extent{out, rank * half_out, half_out};
+          const Fixed none(at::zeros({o.length, i.length}, at::kDouble));
+          const Mora part{trainable(m), compress, decompress, i, o, {}};
+          const at::Tensor y =
+              linear(x.narrow(1, i.start, i.length), {{&none, {}, {}, std::make_shared<MoraUpdate>(part)}})[0];
+          sum = !sum.defined() ? y : row ? sum + y : at::cat({sum, y}, 1);
+        }
+        EXPECT_LT(relative_error(sum, at::mm(x, mora_delta(m.detach(), compress, decompress, in, out).t())), 1e-6);
+      }
+    }
+  }
 }
 
 TEST(RmsNorm, ForwardAndGradients) {

@@ -16,6 +16,8 @@ constexpr int64_t kSteps = 20;
 
 struct Setting {
   std::string name, method = "lora";
+  int64_t mora_type = 1;
+  std::vector<std::string> modules_to_save = {};
   double dropout = 0;
   bool packing = true;
   Checkpointing checkpointing = Checkpointing::none;
@@ -40,6 +42,8 @@ AdapterConfig adapter(const Setting& setting) {
   AdapterConfig config;
   config.method = setting.method;
   config.lora_dropout = setting.dropout;
+  config.mora_type = setting.mora_type;
+  config.modules_to_save = setting.modules_to_save;
   config.adalora = {
       .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
   return config;
@@ -120,8 +124,9 @@ TEST_P(Topology, BytesPredictedEqualBytesCounted) {
     const StepBatches batches = loader_.next();
     std::vector<BatchSize> sizes;
     for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-    auto predicted = predict_step_bytes(traffic_shape(*run.model), adapter(setting), tensor, run.mesh.dp().size(),
-                                        setting.dtype == at::kFloat ? 4 : 2, setting.checkpointing, sizes);
+    auto predicted =
+        predict_step_bytes(traffic_shape(*run.model, adapter(setting)), adapter(setting), tensor, run.mesh.dp().size(),
+                           setting.dtype == at::kFloat ? 4 : 2, setting.checkpointing, sizes);
     if (test_world().size() > 1) predicted[Purpose::data_control] -= 8;  // the trainer's question whether to stop
     const Ledger::Snapshot before = run.ledger.snapshot();
     run.step(batches, 1, rate(setting));

@@ -59,6 +59,10 @@ void ParameterStore::add(ParameterSpec spec) {
   parameters_.push_back(std::move(parameter));
 }
 
+void ParameterStore::scale_learning_rates(const std::function<double(const ParameterSpec&)>& scale) {
+  for (Parameter& p : parameters_) p.spec.lr_scale *= scale(p.spec);
+}
+
 void ParameterStore::allocate(at::Device device, at::ScalarType master_dtype, at::ScalarType compute_dtype) {
   std::stable_partition(parameters_.begin(), parameters_.end(),
                         [](const Parameter& p) { return p.spec.scope == GradientScope::everywhere; });

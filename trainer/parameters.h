@@ -72,6 +72,9 @@ class ParameterStore {
   /// `master_dtype` float32 (float64 in tests), `compute_dtype` what the model computes in.
   void allocate(at::Device device, at::ScalarType master_dtype, at::ScalarType compute_dtype);
 
+  /// Scales the learning rate of what was added so far, before allocate().
+  void scale_learning_rates(const std::function<double(const ParameterSpec&)>& scale);
+
   const std::vector<Parameter>& parameters() const { return parameters_; }
   const Parameter& at(const std::string& name) const;
   const at::Tensor& masters() const { return masters_; }

@@ -1,7 +1,9 @@
 #include "trainer/traffic.h"
 
+#include <algorithm>
 #include <set>
 
+#include "trainer/adapter/start.h"
 #include "trainer/model/model.h"
 
 namespace corank {
@@ -9,9 +11,20 @@ namespace {
 
 constexpr int64_t kMasterBytes = 4;
 
-/// What no adapter sits on: embedding, norms, head.
-int64_t other_elements(const TrafficShape& shape, int tensor) {
-  return shape.vocabulary_matrices * ((shape.vocab + tensor - 1) / tensor) * shape.hidden + shape.other_replicated;
+/// Gradients of what no adapter sits on: all of it, or what stands in modules_to_save.
+int64_t other_gradients(const TrafficShape& shape, bool full, int tensor) {
+  int64_t elements = 0;
+  for (const auto& other : shape.others) {
+    if (!full && !other.saved) continue;
+    elements += other.shape.size() == 2 ? (other.shape[0] + tensor - 1) / tensor * other.shape[1] : other.shape[0];
+  }
+  return elements;
+}
+
+bool embedding_trains(const TrafficShape& shape, bool full) {
+  return full || std::any_of(shape.others.begin(), shape.others.end(), [](const auto& other) {
+           return other.saved && other.name.ends_with("embed_tokens.weight");
+         });
 }
 
 /// The linears that train, with their sizes.
@@ -33,9 +46,9 @@ int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>&
                        Checkpointing checkpointing) {
   std::set<std::string> trained;
   for (const LinearSize& linear : trained_linears) trained.insert(linear.name);
-  int64_t sums = 1;        // the embedding
-  bool needs_grad = full;  // of the block's input: something below it trains, or is run again
-  std::string block;       // ...self_attn or ...mlp
+  int64_t sums = 1;                                 // the embedding
+  bool needs_grad = embedding_trains(shape, full);  // of the block's input: something below it trains, or is run again
+  std::string block;                                // ...self_attn or ...mlp
   bool block_trains = false;
   for (const auto& linear : shape.linears) {
     const std::string current = linear.name.substr(0, linear.name.rfind('.'));
@@ -57,19 +70,18 @@ int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>&
 
 }  // namespace
 
-TrafficShape traffic_shape(Model& model) {
-  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, 0, 0};
+TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
+  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, {}};
   for (const AdaptedLinear* linear : model.linears()) {
     const LinearSite& site = linear->site();
     const bool bias = linear->num_base_parameters() > site.in * site.out;
     shape.linears.push_back({site.name, site.in, site.out, site.split == Split::row, bias});
   }
+  const auto saved = saved_modules(model, adapter);
   for (const NamedWeight& weight : model.other_weights()) {
-    if (weight.shape.size() == 2) {
-      ++shape.vocabulary_matrices;
-    } else {
-      shape.other_replicated += weight.shape[0];
-    }
+    const bool is_saved =
+        std::any_of(saved.begin(), saved.end(), [&](const NamedWeight& one) { return one.name == weight.name; });
+    shape.others.push_back({weight.name, weight.shape, is_saved});
   }
   return shape;
 }
@@ -80,7 +92,7 @@ std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const A
   const auto method = make_method(adapter);
   const bool full = method->trains_base();
   const auto trained = trained_linears(shape, adapter, full);
-  GradientSizes sizes{0, full ? other_elements(shape, tensor) : 0};
+  GradientSizes sizes{0, other_gradients(shape, full, tensor)};
   for (const LinearSize& linear : trained) {
     const GradientSizes one = method->gradient_sizes(linear, tensor);
     sizes.everywhere += one.everywhere;

@@ -13,10 +13,14 @@ namespace corank {
 struct TrafficShape {
   int64_t hidden = 0, vocab = 0, layers = 0;
   std::vector<LinearSize> linears;
-  int64_t vocabulary_matrices = 0;  ///< embedding and, where it is not tied, head
-  int64_t other_replicated = 0;     ///< elements of norms
+  struct Other {
+    std::string name;
+    std::vector<int64_t> shape;
+    bool saved = false;  ///< trains beside the adapter (modules_to_save)
+  };
+  std::vector<Other> others;  ///< embedding, norms and, where it is not tied, head
 };
-TrafficShape traffic_shape(Model& model);
+TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter);
 
 /// One micro-batch of a rank, as far as bytes go.
 struct BatchSize {

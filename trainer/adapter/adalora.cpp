@@ -49,7 +49,7 @@ struct Triplets {
 
 class AdaLora : public AdapterMethod {
  public:
-  explicit AdaLora(AdapterConfig config) : config_(std::move(config)), budget_(config_.adalora) {}
+  explicit AdaLora(AdapterConfig config) : AdapterMethod(std::move(config)), budget_(config_.adalora) {}
 
   void attach(Model& model, ParameterStore& store, uint64_t seed) override {
     store_ = &store;
@@ -201,7 +201,6 @@ class AdaLora : public AdapterMethod {
     }
   }
 
-  AdapterConfig config_;
   AdaLoraConfig budget_;
   ParameterStore* store_ = nullptr;
   std::vector<AdaLoraAdapter*> adapters_;  // owned by their linears

@@ -29,6 +29,7 @@ std::string canonical_name(std::string name) {
   if (name.starts_with("_orig_mod.")) name.erase(0, 10);
   if (!name.starts_with(kPrefix)) name.insert(0, kPrefix);
   if (const size_t infix = name.rfind(".default"); infix != std::string::npos) name.erase(infix, 8);
+  if (const size_t infix = name.rfind(".modules_to_save"); infix != std::string::npos) name.erase(infix, 16);
   if (name.ends_with(".lora_magnitude_vector.weight")) name.erase(name.size() - 7);
   return name;
 }
@@ -62,6 +63,7 @@ AdapterFile read_peft_folder(const std::string& folder) {
   const SafetensorsFile file(folder + "/adapter_model.safetensors");
   for (const auto& entry : file.tensors())
     adapter.tensors.emplace_back(canonical_name(entry.first), file.read(entry.first));
+  make_method(adapter.config)->from_peft(adapter);
   return adapter;
 }
 
@@ -129,7 +131,8 @@ std::vector<std::string> adapted_modules(const AdapterFile& adapter) {
   std::set<std::string> seen;
   for (const auto& [name, tensor] : adapter.tensors) {
     const size_t end = name.find(".lora_");
-    if (!name.starts_with(kPrefix) || end == std::string::npos) throw InputError("not a LoRA tensor name: " + name);
+    if (!name.starts_with(kPrefix)) throw InputError("not a tensor name of an adapter: " + name);
+    if (end == std::string::npos) continue;  // of modules_to_save
     const std::string module = name.substr(std::string(kPrefix).size(), end - std::string(kPrefix).size());
     if (seen.insert(module).second) modules.push_back(module);
   }
@@ -182,6 +185,12 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
                     "the run file to take the adapter's.",
                     run.path, fmt::join(modules, ", ")));
   }
+  compare("mora_type", run.mora_type, file.mora_type);
+  if (is_written("modules_to_save") && run.modules_to_save != file.modules_to_save) {
+    throw ConfigError(fmt::format("adapter.modules_to_save: the run file says [{}], {} says [{}].",
+                                  fmt::join(run.modules_to_save, ", "), run.path,
+                                  fmt::join(file.modules_to_save, ", ")));
+  }
   compare("init_r", run.adalora.init_r, file.adalora.init_r);
   for (const std::string& module : modules) {
     if (file.method == "adalora") continue;
@@ -193,6 +202,7 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
   AdapterConfig merged = file;
   if (file.method == "adalora") merged.adalora = merge_adalora(run.adalora, written, file.adalora);
   merged.path = run.path;
+  merged.loraplus_lr_ratio = run.loraplus_lr_ratio;
   merged.lora_dropout = is_written("lora_dropout") ? run.lora_dropout : file.lora_dropout;
   return merged;
 }

@@ -38,10 +38,13 @@ struct MethodKey {
 
 const std::vector<MethodKey>& method_keys() {
   static const std::vector<MethodKey> keys{
-      {"use_rslora", {"lora", "dora"}},
-      {"rank_pattern", {"lora", "dora"}},
-      {"alpha_pattern", {"lora", "dora"}},
+      {"use_rslora", {"lora", "dora", "pissa"}},
+      {"rank_pattern", {"lora", "dora", "pissa", "mora"}},
+      {"alpha_pattern", {"lora", "dora", "pissa"}},
       {"init_lora_weights", {"lora", "dora"}},
+      {"mora_type", {"mora"}},
+      {"loraplus_lr_ratio", {"lora", "dora", "pissa", "adalora", "mora"}},
+      {"modules_to_save", {"lora", "dora", "pissa", "adalora", "mora"}},
       {"init_r", {"adalora"}},
       {"target_r", {"adalora"}},
       {"tinit", {"adalora"}},
@@ -169,6 +172,9 @@ AdapterConfig read_adapter_config(const Section& section) {
   c.alpha_pattern = read_values(section, "alpha_pattern");
   c.init_lora_weights = section.get_choice("init_lora_weights", c.init_lora_weights, {"true", "gaussian"});
   c.adalora = read_adalora(section);
+  c.mora_type = section.get<int64_t>("mora_type", c.mora_type);
+  c.loraplus_lr_ratio = section.get<double>("loraplus_lr_ratio", c.loraplus_lr_ratio);
+  c.modules_to_save = section.get<std::vector<std::string>>("modules_to_save", {});
   c.path = section.get<std::string>("path", "");
   require_keys_of_method(section, c);
   check(c, section.where());
@@ -181,6 +187,7 @@ void check(const AdapterConfig& c, const std::string& where) {
   if (!(c.lora_alpha > 0)) fail(fmt::format(".lora_alpha: {} is not positive", c.lora_alpha));
   if (!(c.lora_dropout >= 0 && c.lora_dropout < 1))
     fail(fmt::format(".lora_dropout: {} is not in [0, 1)", c.lora_dropout));
+  if (!(c.loraplus_lr_ratio > 0)) fail(fmt::format(".loraplus_lr_ratio: {} is not positive", c.loraplus_lr_ratio));
   for (const auto& [key, rank] : c.rank_pattern) {
     if (rank < 1 || rank != std::floor(rank))
       fail(fmt::format(".rank_pattern.{}: {} is not a positive rank", key, rank));

@@ -48,7 +48,10 @@ struct AdapterConfig {
   std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;  ///< in file order: the first match wins
   std::string init_lora_weights = "true";                                   ///< true or gaussian
   AdaLoraConfig adalora;
-  std::string path;  ///< PEFT folder or corank checkpoint to start from
+  int64_t mora_type = 1;
+  double loraplus_lr_ratio = 1;              ///< LoRA+ (arXiv 2402.12354): learning rate of B over that of A
+  std::vector<std::string> modules_to_save;  ///< embed_tokens, lm_head, norm: trained in full beside the adapter
+  std::string path;                          ///< PEFT folder or corank checkpoint to start from
 
   /// Rank and scaling of one module: patterns first, then r and lora_alpha; alpha / r, or alpha / sqrt(r) with rsLoRA.
   int64_t rank_of(const std::string& module) const;

@@ -61,7 +61,7 @@ class DoraAdapter : public Adapter {
 
 class Dora : public AdapterMethod {
  public:
-  explicit Dora(AdapterConfig config) : config_(std::move(config)) {}
+  using AdapterMethod::AdapterMethod;
 
   void attach(Model& model, ParameterStore& store, uint64_t seed) override {
     attach_adapters(model, config_, [&](const AdaptedLinear& linear) {
@@ -119,7 +119,6 @@ class Dora : public AdapterMethod {
     }
   }
 
-  AdapterConfig config_;
   std::vector<DoraAdapter*> adapters_;  // owned by their linears
 };
 

@@ -18,6 +18,7 @@ void train(const NamedWeight& named, ParameterStore& store) {
 
 class Full : public AdapterMethod {
  public:
+  using AdapterMethod::AdapterMethod;
   void attach(Model& model, ParameterStore& store, uint64_t /*seed*/) override {
     for (AdaptedLinear* linear : model.linears()) linear->train_base(store);
     for (const NamedWeight& weight : model.other_weights()) train(weight, store);
@@ -36,6 +37,6 @@ class Full : public AdapterMethod {
 
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_full(const AdapterConfig&) { return std::make_unique<Full>(); }
+std::unique_ptr<AdapterMethod> make_full(const AdapterConfig& config) { return std::make_unique<Full>(config); }
 
 }  // namespace corank

@@ -22,7 +22,7 @@ class LoraAdapter : public Adapter {
 
 class Lora : public AdapterMethod {
  public:
-  explicit Lora(AdapterConfig config) : config_(std::move(config)) {}
+  using AdapterMethod::AdapterMethod;
 
   void attach(Model& model, ParameterStore& store, uint64_t seed) override {
     attach_adapters(model, config_, [&](const AdaptedLinear& linear) {
@@ -37,9 +37,6 @@ class Lora : public AdapterMethod {
   at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     return w_OI + at::mm(tensors.at(".lora_B.weight"), tensors.at(".lora_A.weight")) * config_.scaling_of(module);
   }
-
- private:
-  AdapterConfig config_;
 };
 
 }  // namespace

@@ -11,10 +11,7 @@ struct Method {
 };
 
 constexpr Method kMethods[] = {
-    {"lora", make_lora},
-    {"dora", make_dora},
-    {"adalora", make_adalora},
-    {"full", make_full},
+    {"lora", make_lora}, {"dora", make_dora}, {"adalora", make_adalora}, {"mora", make_mora}, {"full", make_full},
 };
 
 }  // namespace

@@ -36,7 +36,9 @@ using ModuleTensors = std::map<std::string, at::Tensor>;
 /// on_step_end.
 class AdapterMethod {
  public:
+  explicit AdapterMethod(AdapterConfig config) : config_(std::move(config)) {}
   virtual ~AdapterMethod() = default;
+  const AdapterConfig& config() const { return config_; }
   /// Registers what trains: adapters on the matched linears, or base weights. `seed` keys the initial values.
   virtual void attach(Model& model, ParameterStore& store, uint64_t seed) = 0;
   /// Collective over the mesh. Initial values that need the base weights.
@@ -66,8 +68,13 @@ class AdapterMethod {
   }
   /// Turns what a checkpoint holds into what PEFT loads.
   virtual void to_peft(AdapterFile& /*file*/) const {}
+  /// The way back.
+  virtual void from_peft(AdapterFile& /*file*/) const {}
   /// The weight of which the adapted linear is the product: the plain formula, on full tensors in one dtype.
   virtual at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const = 0;
+
+ protected:
+  AdapterConfig config_;
 };
 
 /// LoRA's factors: the one that the split does not touch is replicated.
@@ -81,6 +88,7 @@ std::unique_ptr<AdapterMethod> make_method(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_lora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_dora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_adalora(const AdapterConfig& config);
+std::unique_ptr<AdapterMethod> make_mora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_full(const AdapterConfig& config);
 
 }  // namespace corank

@@ -38,7 +38,6 @@ const std::vector<std::pair<const char*, json>>& required_fields() {
   static const std::vector<std::pair<const char*, json>> fields{{"bias", "none"},
                                                                 {"fan_in_fan_out", false},
                                                                 {"lora_bias", false},
-                                                                {"modules_to_save", nullptr},
                                                                 {"layer_replication", nullptr},
                                                                 {"layers_to_transform", nullptr},
                                                                 {"layers_pattern", nullptr},
@@ -71,13 +70,15 @@ json lora_fields(const AdapterConfig& config, const std::vector<std::string>& mo
     if (config.alpha_of(module) != config.lora_alpha) alphas[module] = number(config.alpha_of(module));
   }
   const bool gaussian = config.init_lora_weights == "gaussian";
-  return {{"peft_type", "LORA"},
-          {"alpha_pattern", alphas},
-          {"init_lora_weights", gaussian ? json("gaussian") : json(true)},
-          {"r", config.r},
-          {"rank_pattern", ranks},
-          {"use_dora", config.method == "dora"},
-          {"use_rslora", config.use_rslora}};
+  json fields{{"peft_type", "LORA"},
+              {"alpha_pattern", alphas},
+              {"init_lora_weights", gaussian ? json("gaussian") : json(true)},
+              {"r", config.r},
+              {"rank_pattern", ranks},
+              {"use_dora", config.method == "dora"},
+              {"use_rslora", config.use_rslora}};
+  if (config.method == "mora") fields.update({{"use_mora", true}, {"mora_type", config.mora_type}});
+  return fields;
 }
 
 constexpr const char* kE = ".lora_E";
@@ -132,7 +133,7 @@ std::string peft_config_json(const AdapterConfig& config, const std::vector<std:
               {"layers_to_transform", nullptr},
               {"lora_alpha", number(config.lora_alpha)},
               {"lora_dropout", config.lora_dropout},
-              {"modules_to_save", nullptr},
+              {"modules_to_save", config.modules_to_save.empty() ? json() : json(config.modules_to_save)},
               {"revision", nullptr},
               {"target_modules", target_list(config, modules)},
               {"task_type", "CAUSAL_LM"}};
@@ -166,7 +167,14 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   }
   AdapterConfig c;
   try {
-    c.method = adalora ? "adalora" : config.value("use_dora", false) ? "dora" : "lora";
+    c.method = adalora                           ? "adalora"
+               : config.value("use_dora", false) ? "dora"
+               : config.value("use_mora", false) ? "mora"
+                                                 : "lora";
+    c.mora_type = config.value("mora_type", c.mora_type);
+    if (config.contains("modules_to_save") && !config["modules_to_save"].is_null()) {
+      c.modules_to_save = config["modules_to_save"].get<std::vector<std::string>>();
+    }
     c.r = config.value("r", c.r);
     c.lora_alpha = config.value("lora_alpha", 8.0);  // PEFT's default, not ours
     c.lora_dropout = config.value("lora_dropout", 0.0);

@@ -1,10 +1,60 @@
 #include "trainer/adapter/start.h"
 
+#include <fmt/format.h>
+
+#include "configs/error.h"
+#include "trainer/adapter/lora_factors.h"
+#include "trainer/model/model.h"
+
 namespace corank {
+namespace {
+
+/// modules_to_save: base weights outside the linears that train in full beside the adapter, under PEFT's names.
+void train_saved_modules(Model& model, ParameterStore& store, const AdapterConfig& config) {
+  for (const NamedWeight& named : saved_modules(model, config)) {
+    ParameterSpec spec;
+    spec.name = peft_name(named.name, "");
+    spec.shape = named.shape;
+    spec.shard = named.shard;
+    spec.decays = named.decays;
+    spec.initialise = [old = named.weight->value](const at::Tensor& local) { local.copy_(old); };
+    spec.bind = [weight = named.weight](const ops::Weight& w) { *weight = w; };
+    store.add(std::move(spec));
+  }
+}
+
+/// LoRA+ as PEFT groups parameters (methods 2.3): B, and every tensor of one dimension.
+double loraplus_scale(const ParameterSpec& spec, double ratio) {
+  return spec.shape.size() == 1 || spec.name.find("lora_B") != std::string::npos ? ratio : 1;
+}
+
+}  // namespace
+
+std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config) {
+  std::vector<NamedWeight> saved, others = model.other_weights();
+  for (const std::string& wanted : config.modules_to_save) {
+    const auto found = std::find_if(others.begin(), others.end(), [&](const NamedWeight& weight) {
+      const std::string module = weight.name.substr(0, weight.name.rfind('.'));
+      return weight.saveable && (module == wanted || module.ends_with("." + wanted));
+    });
+    if (found == others.end()) {
+      throw ConfigError(fmt::format(
+          "adapter.modules_to_save: {} is not one that can be trained in full beside an adapter: the embedding, the "
+          "last norm, or the head, unless head and embedding are tied.",
+          wanted));
+    }
+    saved.push_back(*found);
+    others.erase(found);
+  }
+  return saved;
+}
 
 void start_method(AdapterMethod& method, Model& model, ParameterStore& store, const Mesh& mesh, at::ScalarType dtype,
                   uint64_t seed, const AdapterFile* file) {
   method.attach(model, store, seed);
+  train_saved_modules(model, store, method.config());
+  store.scale_learning_rates(
+      [&](const ParameterSpec& spec) { return loraplus_scale(spec, method.config().loraplus_lr_ratio); });
   store.allocate(mesh.device(), dtype == at::kDouble ? at::kDouble : at::kFloat, dtype);
   method.initialise(mesh);
   store.refresh();

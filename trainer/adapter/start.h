@@ -1,8 +1,12 @@
 #pragma once
 #include "trainer/adapter/adapter_file.h"
 #include "trainer/adapter/methods.h"
+#include "trainer/model/model.h"
 
 namespace corank {
+
+/// The weights that config.modules_to_save names (PEFT's name or the end of it). ConfigError for others.
+std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config);
 
 /// Collective over the mesh. Brings `method` onto `model`: attaches, allocates the store (masters float32, float64
 /// where `dtype` is), initialises, loads `file` if there is one, begins.

@@ -185,14 +185,15 @@ class Decoder : public Model {
 
   std::vector<NamedWeight> other_weights() override {
     const std::vector<int64_t> vocabulary{config_.vocab_size, config_.hidden_size}, norm{config_.hidden_size};
-    std::vector<NamedWeight> result{{"model.embed_tokens.weight", vocabulary, vocab_shard_, true, &embedding_}};
+    std::vector<NamedWeight> result{
+        {"model.embed_tokens.weight", vocabulary, vocab_shard_, true, &embedding_, !config_.tied_head}};
     for (size_t i = 0; i < layers_.size(); ++i) {
       const std::string name = fmt::format("model.layers.{}.", i);
       result.push_back({name + "input_layernorm.weight", norm, {}, false, &layers_[i]->input_norm()});
       result.push_back({name + "post_attention_layernorm.weight", norm, {}, false, &layers_[i]->post_norm()});
     }
-    result.push_back({"model.norm.weight", norm, {}, false, &final_norm_});
-    if (!config_.tied_head) result.push_back({"lm_head.weight", vocabulary, vocab_shard_, true, &head_});
+    result.push_back({"model.norm.weight", norm, {}, false, &final_norm_, true});
+    if (!config_.tied_head) result.push_back({"lm_head.weight", vocabulary, vocab_shard_, true, &head_, true});
     return result;
   }
 

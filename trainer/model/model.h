@@ -17,6 +17,7 @@ struct NamedWeight {
   Shard shard;
   bool decays = true;
   ops::Weight* weight = nullptr;  ///< owned by the model
+  bool saveable = false;          ///< may stand in modules_to_save: untied, and outside the blocks
 };
 
 /// A decoder-only language model: a body and a head. Owns its frozen weights and the adapters on them; no training

@@ -1,0 +1,160 @@
+#include "trainer/ops/mora.h"
+
+#include <cmath>
+
+namespace corank::ops {
+namespace {
+
+int64_t blocks_of(int64_t size, int64_t r) { return (size + r - 1) / r; }
+
+/// A rank's columns at their places among `width` columns, zeros elsewhere; with `wrap`, columns 0, 1, ... stand again
+/// behind the last of all ranks, as far as `width` reaches.
+at::Tensor place(const at::Tensor& x_NL, const Extent& extent, int64_t width, bool wrap) {
+  if (extent.length == width) return x_NL;
+  at::Tensor all = at::zeros({x_NL.size(0), width}, x_NL.options());
+  all.narrow(1, extent.start, extent.length).copy_(x_NL);
+  const int64_t again = wrap ? std::clamp<int64_t>(width - extent.size - extent.start, 0, extent.length) : 0;
+  if (again > 0) all.narrow(1, extent.size + extent.start, again).copy_(x_NL.narrow(1, 0, again));
+  return all;
+}
+
+/// The adjoint: a rank's columns of `all`, plus what stands behind the last.
+at::Tensor unplace(const at::Tensor& all, const Extent& extent, bool wrap) {
+  const at::Tensor x_NL = all.narrow(1, extent.start, extent.length);
+  const int64_t again = wrap ? std::clamp<int64_t>(all.size(1) - extent.size - extent.start, 0, extent.length) : 0;
+  if (again == 0) return x_NL;
+  at::Tensor sum = x_NL.clone();
+  sum.narrow(1, 0, again).add_(all.narrow(1, extent.size + extent.start, again));
+  return sum;
+}
+
+/// R sums over the groups of a rank's features.
+at::Tensor sum_groups(const at::Tensor& x_NL, const Extent& extent, Grouping grouping, int64_t r, bool wrap) {
+  const int64_t n = x_NL.size(0);
+  if (grouping == Grouping::modulo) {
+    return place(x_NL, extent, blocks_of(extent.size, r) * r, wrap).view({n, -1, r}).sum(1);
+  }
+  const at::Tensor all = place(x_NL, extent, extent.size, false);
+  const int64_t length = extent.size / r, longer = extent.size % r, cut = longer * (length + 1);
+  const at::Tensor first = all.narrow(1, 0, cut).unflatten(1, {longer, length + 1}).sum(2);
+  return at::cat({first, all.narrow(1, cut, extent.size - cut).unflatten(1, {r - longer, length}).sum(2)}, 1);
+}
+
+/// The adjoint: every feature of the rank gets its group's value.
+at::Tensor spread_groups(const at::Tensor& c_NR, const Extent& extent, Grouping grouping, bool wrap) {
+  const int64_t n = c_NR.size(0), r = c_NR.size(1);
+  if (grouping == Grouping::modulo) {
+    return unplace(c_NR.repeat({1, blocks_of(extent.size, r)}), extent, wrap);
+  }
+  const int64_t length = extent.size / r, longer = extent.size % r;
+  const auto run = [&](int64_t begin, int64_t count, int64_t times) {
+    return c_NR.narrow(1, begin, count).unsqueeze(2).expand({n, count, times}).reshape({n, count * times});
+  };
+  const at::Tensor all = at::cat({run(0, longer, length + 1), run(longer, r - longer, length)}, 1);
+  return all.narrow(1, extent.start, extent.length);
+}
+
+/// Block b of x_NBR turned by b times the angles 10000^(-2 l / R), halves paired as in Llama's rotary positions;
+/// direction -1: back. Tables in float32, as the authors' program has them.
+at::Tensor rotate(const at::Tensor& x_NBR, int direction) {
+  const int64_t blocks = x_NBR.size(1), half = x_NBR.size(2) / 2;
+  const auto options = x_NBR.options().dtype(at::kFloat);
+  const at::Tensor inverse =
+      at::pow(10000.0, at::arange(half, options).mul_(2).div_(static_cast<double>(2 * half)).neg_());
+  const at::Tensor angles = at::outer(at::arange(blocks, options), inverse);
+  const at::Tensor cos = angles.cos().to(x_NBR.scalar_type());
+  const at::Tensor sin = (angles.sin() * direction).to(x_NBR.scalar_type());
+  const at::Tensor a = x_NBR.narrow(2, 0, half), c = x_NBR.narrow(2, half, half);
+  return at::cat({a * cos - c * sin, c * cos + a * sin}, 2);
+}
+
+at::Tensor compressed(const at::Tensor& x_NL, const Mora& s) {
+  const int64_t r = s.m_RR.value.size(0);
+  if (s.compress != Grouping::rotate) return sum_groups(x_NL, s.in, s.compress, r, /*wrap=*/true);
+  const at::Tensor placed = place(x_NL, s.in, blocks_of(s.in.size, r) * r, /*wrap=*/true);
+  return rotate(placed.view({x_NL.size(0), -1, r}), 1);
+}
+
+/// Outputs p of all ranks read value p mod `period`.
+at::Tensor repeated(const at::Tensor& z_NP, const Extent& out) {
+  return z_NP.repeat({1, blocks_of(out.size, z_NP.size(1))}).narrow(1, out.start, out.length);
+}
+
+at::Tensor decompressed(const at::Tensor& z, const Mora& s) {
+  if (s.decompress != Grouping::rotate) return spread_groups(z, s.out, s.decompress, /*wrap=*/false);
+  return repeated(z.flatten(1), s.out);
+}
+
+/// The adjoint of decompressed().
+at::Tensor gathered(const at::Tensor& g_NL, const at::Tensor& like, const Mora& s) {
+  if (s.decompress != Grouping::rotate) return sum_groups(g_NL, s.out, s.decompress, like.size(1), /*wrap=*/false);
+  const int64_t period = like.size(1) * like.size(2);
+  return sum_groups(g_NL, s.out, Grouping::modulo, period, /*wrap=*/false).view_as(like);
+}
+
+/// The adjoint of compressed().
+at::Tensor expanded(const at::Tensor& dc, const Mora& s) {
+  if (s.compress != Grouping::rotate) return spread_groups(dc, s.in, s.compress, /*wrap=*/true);
+  return unplace(rotate(dc, -1).flatten(1), s.in, /*wrap=*/true);
+}
+
+/// The column of `all` features that an input's group reads, and the group; see Grouping.
+int64_t group_of(int64_t index, int64_t size, int64_t r, Grouping grouping) {
+  if (grouping == Grouping::modulo) return index % r;
+  const int64_t length = size / r, longer = size % r, cut = longer * (length + 1);
+  return index < cut ? index / (length + 1) : longer + (index - cut) / length;
+}
+
+at::Tensor group_matrix(int64_t size, int64_t r, Grouping grouping, bool wrap, const at::TensorOptions& options) {
+  at::Tensor map_RI = at::zeros({r, size}, options);
+  for (int64_t j = 0; j < size; ++j) map_RI[group_of(j, size, r, grouping)][j] += 1;
+  const int64_t padding = wrap && grouping == Grouping::modulo ? blocks_of(size, r) * r - size : 0;
+  for (int64_t j = 0; j < padding; ++j) map_RI[(size + j) % r][j] += 1;
+  return map_RI;
+}
+
+at::Tensor rotation_delta(const at::Tensor& m_RR, int64_t in, int64_t out) {
+  const int64_t r = m_RR.size(0), half = r / 2, period = blocks_of(in, r) * r;
+  at::Tensor delta_OI = at::zeros({out, in}, m_RR.options());
+  for (int64_t p = 0; p < out; ++p) {
+    const int64_t b = p % period / r, i = p % period % r;
+    for (int64_t l = 0; l < r; ++l) {
+      const float inverse = std::pow(10000.0F, -2.0F * static_cast<float>(l % half) / static_cast<float>(r));
+      const float angle = static_cast<float>(b) * inverse;
+      const at::Tensor partner = l < half ? m_RR[i][l + half] : -m_RR[i][l - half];
+      delta_OI[p][(b * r + l) % in] += m_RR[i][l] * std::cos(angle) + partner * std::sin(angle);
+    }
+  }
+  return delta_OI;
+}
+
+}  // namespace
+
+at::Tensor MoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
+                               std::vector<at::Tensor>& saved) const {
+  const at::Tensor c = compressed(ops::dropout(x_NI, s_.dropout), s_);
+  saved.push_back(c);
+  return affine(x_NI, w.dense_OI(), bias_O).add_(decompressed(at::matmul(c, s_.m_RR.value.t()), s_));
+}
+
+std::vector<at::Tensor> MoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor&, const Matrix& w,
+                                             const std::vector<at::Tensor>& saved, bool needs_dx,
+                                             at::Tensor& dx_NI) const {
+  const int64_t r = s_.m_RR.value.size(0);
+  const at::Tensor dz = gathered(g_NO, saved[0], s_);
+  const at::Tensor dm_RR = matmul_to(dz.reshape({-1, r}).t(), saved[0].reshape({-1, r}), s_.m_RR.leaf.scalar_type());
+  if (!needs_dx) return {dm_RR};
+  add_product(dx_NI, g_NO, w.dense_OI());
+  dx_NI.add_(dropout(expanded(at::matmul(dz, s_.m_RR.value), s_), s_.dropout));
+  return {dm_RR};
+}
+
+at::Tensor mora_delta(const at::Tensor& m_RR, Grouping compress, Grouping decompress, int64_t in, int64_t out) {
+  if (compress == Grouping::rotate) return rotation_delta(m_RR, in, out);
+  const int64_t r = m_RR.size(0);
+  const at::Tensor in_RI = group_matrix(in, r, compress, /*wrap=*/true, m_RR.options());
+  const at::Tensor out_RO = group_matrix(out, r, decompress, /*wrap=*/false, m_RR.options());
+  return at::linalg_multi_dot({out_RO.t(), m_RR, in_RI});
+}
+
+}  // namespace corank::ops
