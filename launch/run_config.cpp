@@ -39,6 +39,10 @@ void read_model(const Section& s, ModelOptions& m) {
     s.fail("path", "name a model folder (path) or a shape with random weights, one of both");
   m.dtype = s.get_choice("dtype", "bfloat16", {"float32", "bfloat16"}) == "float32" ? at::kFloat : at::kBFloat16;
   m.quantization = s.get_choice("quantization", "none", format_names());
+  if (m.quantization != "nf4" && s.has("double_quant")) {
+    s.fail("double_quant", fmt::format("belongs to quantization nf4, not to {}; leave it out", m.quantization));
+  }
+  m.double_quant = s.get<bool>("double_quant", m.double_quant);
 }
 
 void read_data(const Section& s, DataConfig& d) {
@@ -121,8 +125,9 @@ std::string map(const std::vector<std::pair<std::string, double>>& entries) {
 }
 
 std::string model_yaml(const ModelOptions& m) {
-  return fmt::format("  dtype: {}\n  quantization: {}\n", m.dtype == at::kFloat ? "float32" : "bfloat16",
-                     m.quantization);
+  return fmt::format("  dtype: {}\n  quantization: {}\n{}", m.dtype == at::kFloat ? "float32" : "bfloat16",
+                     m.quantization,
+                     m.quantization == "nf4" ? fmt::format("  double_quant: {}\n", m.double_quant) : "");
 }
 
 std::string adapter_yaml(const AdapterConfig& a) {
@@ -172,6 +177,10 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   read_model(file.section("model"), run.model);
   const Section adapter = file.section("adapter");
   run.adapter = read_adapter_config(adapter);
+  if (run.model.quantization != "none" && make_method(run.adapter)->trains_base()) {
+    file.section("model").fail("quantization", fmt::format("weights in {} cannot train, and method {} trains them",
+                                                           run.model.quantization, run.adapter.method));
+  }
   for (const std::string& key : kAdapterKeys) {
     if (adapter.has(key)) run.adapter_keys.push_back(key);
   }

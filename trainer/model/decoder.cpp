@@ -27,8 +27,8 @@ class Loader {
     LinearSite site{name, in, out, split, {}, {}};
     (split == Split::column ? site.out_shard : site.in_shard) = Shard::of(0, split == Split::column ? out : in, tp_);
     Shard shard = Shard::of(split == Split::column ? 0 : 1, split == Split::column ? out : in, tp_);
-    const auto read = [&](const Shard& s) { return source_.read(name + ".weight", {out, in}, s); };
-    auto weight = make_frozen_weight({options_.quantization, options_.dtype, options_.device}, read, shard);
+    auto weight = make_frozen_weight({options_.quantization, options_.double_quant, options_.dtype, options_.device},
+                                     stored(name, {out, in}), shard);
     at::Tensor bias;
     if (has_bias) bias = place(source_.read(name + ".bias", {out}, site.out_shard));
     const bool adds_bias = split == Split::column || tp_.rank() == 0;
@@ -42,6 +42,14 @@ class Loader {
   void skip(const std::string& name) { source_.skip(name); }
 
  private:
+  StoredWeight stored(const std::string& name, const std::vector<int64_t>& shape) {
+    const std::string full_name = name + ".weight";
+    const auto read = [=, this](const Shard& shard) {
+      if (!options_.transform || options_.device.is_meta()) return source_.read(full_name, shape, shard);
+      return take_shard(options_.transform(name, source_.read(full_name, shape, {})), shard);
+    };
+    return {full_name, read, [=, this] { return source_.read_nf4(full_name, shape); }};
+  }
   at::Tensor place(const at::Tensor& t) { return t.to(options_.device, options_.dtype).contiguous(); }
 
   const ModelOptions& options_;

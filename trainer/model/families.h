@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,6 +20,10 @@ struct ModelOptions {
   std::string shape;  ///< random weights of a named shape
   at::ScalarType dtype = at::kBFloat16;
   std::string quantization = "none";
+  bool double_quant = true;  ///< of nf4
+  /// Where set, every linear of the blocks is what this makes of its name and full weight [out, in] (CPU, the file's
+  /// dtype), before it is quantised and sharded: QPiSSA's residual.
+  std::function<at::Tensor(const std::string& name, const at::Tensor& full_OI)> transform;
   Checkpointing checkpointing = Checkpointing::none;
   int64_t max_positions = 1024;  ///< longest sequence that will come
   uint64_t seed = 42;            ///< of random weights
