@@ -18,6 +18,7 @@ struct Setting {
   bool packing = true;
   Checkpointing checkpointing = Checkpointing::none;
   at::ScalarType dtype = at::kFloat;
+  std::string quantization = "none";
 
   /// Losses of two layouts: float32 rounding, or that of bfloat16 partial sums.
   double bound() const { return dtype == at::kFloat ? 1e-5 : 5e-3; }
@@ -29,6 +30,7 @@ ModelOptions tiny(const Setting& setting) {
   ModelOptions options;
   options.shape = "tiny-llama";
   options.dtype = setting.dtype;
+  options.quantization = setting.quantization;
   options.max_positions = 64;
   options.checkpointing = setting.checkpointing;
   return options;
@@ -136,7 +138,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Setting{.name = "unpacked", .packing = false},
                     Setting{.name = "recompute", .dropout = 0.1, .checkpointing = Checkpointing::full},
                     Setting{.name = "recompute_mlp", .checkpointing = Checkpointing::mlp},
-                    Setting{.name = "bfloat16", .dtype = at::kBFloat16}, Setting{.name = "full", .method = "full"}),
+                    Setting{.name = "bfloat16", .dtype = at::kBFloat16}, Setting{.name = "full", .method = "full"},
+                    Setting{.name = "nf4", .quantization = "nf4"}, Setting{.name = "int8", .quantization = "int8"}),
     [](const auto& param) { return param.param.name; });
 
 class Resume : public testing::Test {
