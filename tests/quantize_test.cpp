@@ -287,6 +287,18 @@ TEST(Formats, EveryPartIsThePartOfTheWholeWeight) {
   }
 }
 
+TEST(Formats, OutlinesHaveTheBytes) {
+  for (const std::string& name : format_names()) {
+    for_slices([&](const at::Tensor& w, int64_t dim, int64_t start, int64_t length) {
+      const Shard shard{static_cast<int>(dim), start, length};
+      const at::Tensor outline = w.to(at::kMeta);
+      const auto real = make_frozen_weight({name, false, at::kFloat, at::kCPU}, stored(w), shard);
+      const auto meta = make_frozen_weight({name, false, at::kFloat, at::kMeta}, stored(outline), shard);
+      EXPECT_EQ(meta->bytes(), real->bytes()) << name;
+    });
+  }
+}
+
 TEST(Formats, ReplaceQuantisesOrRefuses) {
   const at::Tensor w = normal({64, 128}), other = normal({64, 128}) * 2;
   for (const std::string& name : format_names()) {

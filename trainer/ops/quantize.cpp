@@ -91,10 +91,10 @@ at::Tensor pack(const at::Tensor& codes) {
 /// absmax of the blocks that each run touches. A run of n elements touches at most (n + 62) / 64 + 1 of them.
 at::Tensor absmax_of_runs(const at::Tensor& absmax, const Runs& runs) {
   const auto index = at::TensorOptions(at::kLong).device(absmax.device());
-  const at::Tensor first = (at::arange(runs.count, index) * runs.stride + runs.start).floor_divide(kNf4Block);
+  const at::Tensor first = (at::arange(runs.count, index) * runs.stride + runs.start).div(kNf4Block, "floor");
   const at::Tensor within = at::arange((runs.length + kNf4Block - 2) / kNf4Block + 1, index);
   const at::Tensor blocks = (first.unsqueeze(1) + within).clamp_max(absmax.numel() - 1);
-  return absmax.flatten().index_select(0, blocks.flatten()).view(blocks.sizes());
+  return absmax.flatten().gather(0, blocks.flatten()).view(blocks.sizes());
 }
 
 /// Entries [begin, end) of absmax_RB, each with the elements that its block has in its run.
@@ -203,6 +203,9 @@ at::Tensor nf4_dequantise(const Nf4& w, at::ScalarType dtype) {
 }
 
 Int8 int8_quantise(const at::Tensor& w_OI) {
+  if (w_OI.is_meta()) {
+    return {at::empty_like(w_OI, at::kChar), at::empty({w_OI.size(0), 1}, w_OI.options().dtype(at::kFloat))};
+  }
   const at::Tensor w = w_OI.to(at::kFloat);
   const at::Tensor quotient = w.abs().amax(1, /*keepdim=*/true) / 127;
   const at::Tensor scale_O1 = at::where(quotient > 0, quotient, at::ones_like(quotient));

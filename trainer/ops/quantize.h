@@ -70,7 +70,7 @@ struct Int8 {
   int64_t bytes() const { return static_cast<int64_t>(q_OI.nbytes() + scale_O1.nbytes()); }
 };
 
-/// w_OI: any device, any floating dtype, finite.
+/// w_OI: any device (meta: shapes only), any floating dtype, finite.
 Int8 int8_quantise(const at::Tensor& w_OI);
 /// q * scale in float32, rounded once.
 at::Tensor int8_dequantise(const Int8& w, at::ScalarType dtype);
