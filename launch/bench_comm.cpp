@@ -78,6 +78,7 @@ int run_bench_comm(const CommandLine& line, const World& world) {
   full_run.adapter = {};
   full_run.adapter.method = "full";
   full_run.adapter_keys.clear();
+  full_run.model.quantization = "none";  // the bytes sent do not depend on it, and only dense weights train
   const Report adapter = measure(run, world), full = measure(full_run, world);
   if (world.rank() != 0) return 0;
   const double ratio = counted_total(adapter) > 0

@@ -35,7 +35,7 @@ std::string result_path(Session& session) {
 }
 
 void write_result(Session& session, const RunIdentity& identity) {
-  const AdapterFile result = collect_adapter(session.store(), identity, session.mesh().tp());
+  const AdapterFile result = collect_adapter(session.store(), session.method(), identity, session.mesh().tp());
   on_rank_0(session.mesh().world(), [&] {
     if (session.method().trains_base()) {
       write_model_folder(result_path(session), session.run(), result);

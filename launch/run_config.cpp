@@ -11,16 +11,27 @@
 namespace corank {
 namespace {
 
-const std::vector<std::string> kAdapterKeys{"method",          "r",
-                                            "lora_alpha",      "lora_dropout",
-                                            "target_modules",  "use_rslora",
-                                            "rank_pattern",    "alpha_pattern",
-                                            "exclude_modules", "init_lora_weights",
-                                            "init_r",          "target_r",
-                                            "tinit",           "tfinal",
-                                            "deltaT",          "beta1",
-                                            "beta2",           "orth_reg_weight",
-                                            "mora_type",       "loraplus_lr_ratio",
+const std::vector<std::string> kAdapterKeys{"method",
+                                            "r",
+                                            "lora_alpha",
+                                            "lora_dropout",
+                                            "target_modules",
+                                            "use_rslora",
+                                            "rank_pattern",
+                                            "alpha_pattern",
+                                            "exclude_modules",
+                                            "init_lora_weights",
+                                            "init_r",
+                                            "target_r",
+                                            "tinit",
+                                            "tfinal",
+                                            "deltaT",
+                                            "beta1",
+                                            "beta2",
+                                            "orth_reg_weight",
+                                            "mora_type",
+                                            "pissa_niter",
+                                            "loraplus_lr_ratio",
                                             "modules_to_save"};
 
 int64_t positive(const Section& section, const std::string& key, int64_t value) {
@@ -45,6 +56,10 @@ void read_model(const Section& s, ModelOptions& m) {
     s.fail("path", "name a model folder (path) or a shape with random weights, one of both");
   m.dtype = s.get_choice("dtype", "bfloat16", {"float32", "bfloat16"}) == "float32" ? at::kFloat : at::kBFloat16;
   m.quantization = s.get_choice("quantization", "none", format_names());
+  if (m.quantization != "nf4" && s.has("double_quant")) {
+    s.fail("double_quant", fmt::format("belongs to quantization nf4, not to {}; leave it out", m.quantization));
+  }
+  m.double_quant = s.get<bool>("double_quant", m.double_quant);
 }
 
 void read_data(const Section& s, DataConfig& d) {
@@ -127,8 +142,9 @@ std::string map(const std::vector<std::pair<std::string, double>>& entries) {
 }
 
 std::string model_yaml(const ModelOptions& m) {
-  return fmt::format("  dtype: {}\n  quantization: {}\n", m.dtype == at::kFloat ? "float32" : "bfloat16",
-                     m.quantization);
+  return fmt::format("  dtype: {}\n  quantization: {}\n{}", m.dtype == at::kFloat ? "float32" : "bfloat16",
+                     m.quantization,
+                     m.quantization == "nf4" ? fmt::format("  double_quant: {}\n", m.double_quant) : "");
 }
 
 std::string lora_yaml(const AdapterConfig& a) {
@@ -155,6 +171,7 @@ std::string adapter_yaml(const AdapterConfig& a) {
   } else if (a.method != "full") {
     text += lora_yaml(a);
   }
+  if (a.pissa_niter) text += fmt::format("  pissa_niter: {}\n", *a.pissa_niter);
   if (a.method != "full") text += fmt::format("  loraplus_lr_ratio: {}\n", a.loraplus_lr_ratio);
   if (!a.modules_to_save.empty()) text += "  modules_to_save: " + list(a.modules_to_save) + "\n";
   if (!a.path.empty()) text += "  path: " + quoted(a.path) + "\n";
@@ -196,6 +213,10 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   read_model(file.section("model"), run.model);
   const Section adapter = file.section("adapter");
   run.adapter = read_adapter_config(adapter);
+  if (run.model.quantization != "none" && make_method(run.adapter)->trains_base()) {
+    file.section("model").fail("quantization", fmt::format("weights in {} cannot train, and method {} trains them",
+                                                           run.model.quantization, run.adapter.method));
+  }
   for (const std::string& key : kAdapterKeys) {
     if (adapter.has(key)) run.adapter_keys.push_back(key);
   }

@@ -102,6 +102,11 @@ class Refusals(Case):
             with self.subTest(override):
                 self.refuse(self.train(override), 64, override.split("=")[0])
 
+    def test_quantisations_that_contradict(self):
+        self.refuse(self.train("model.quantization=int8", "model.double_quant=true"), 64, "model.double_quant", "int8")
+        self.refuse(self.train("model.double_quant=false"), 64, "model.double_quant", "nf4")
+        self.refuse(self.train("model.quantization=nf4", "adapter.method=full"), 64, "model.quantization", "nf4", "full")
+
     def test_missing_inputs(self):
         self.refuse(self.train("data.train=nowhere.h5"), 66, "nowhere.h5")
         self.refuse(corank("train", "nowhere.yaml"), 66, "nowhere.yaml")
@@ -200,6 +205,18 @@ class Models(Case):
         (model / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
         self.refuse(self.train_on(model), 65, "model.safetensors")
 
+    def test_folders_of_other_quantisations(self):
+        for quantised, code, words in (({"quant_method": "gptq", "bits": 4}, 65, ["gptq"]),
+                                       ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 65, ["bitsandbytes"]),
+                                       ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 64,
+                                        ["model.quantization: none", "nf4"])):
+            model = self.model()
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+            with self.subTest(quantised):
+                self.refuse(self.train_on(model), code, "config.json", *words)
+            shutil.rmtree(model)
+
     def test_attributes_that_change_the_result(self):
         for change in ({"model_type": "mamba"}, {"hidden_act": "gelu"}, {"sliding_window": 16},
                        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}):
@@ -234,6 +251,21 @@ class Runs(Case):
         again = self.folder / "again"
         self.succeed(corank("train", self.out / "run.yaml", f"output_dir={again}"))
         self.assertEqual(adapter_bytes(self.out), adapter_bytes(again))
+
+    def test_quantised_bases_train_in_every_layout(self):
+        first = {}
+        for setting in ("none", "int8", "nf4", "nf4 model.double_quant=false"):
+            settings = (f"model.quantization={setting}".split(" ") + ["train.max_steps=3"])
+            one, four = self.folder / f"{setting}-1", self.folder / f"{setting}-4"
+            self.succeed(self.train(*settings, out=one))
+            self.succeed(self.train(*settings, "parallel.tensor=2", ranks=4, out=four))
+            for a, b in zip(losses(one), losses(four), strict=True):
+                self.assertAlmostEqual(a / b, 1, delta=1e-5)
+            first[setting] = losses(one)[0]
+        self.assertEqual(len(set(first.values())), 4, first)
+        again = self.folder / "again"
+        self.succeed(corank("train", self.folder / "nf4 model.double_quant=false-1/run.yaml", f"output_dir={again}"))
+        self.assertEqual(losses(again)[0], first["nf4 model.double_quant=false"])
 
     def newest_checkpoint(self):
         return max((int(p.name.split("-")[1]) for p in self.out.glob("checkpoint-*")), default=0)

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <limits>
 #include <string>
 #include <utility>
@@ -11,6 +12,7 @@
 
 #include "trainer/ops/cuda.h"
 #include "trainer/ops/dropout.h"
+#include "trainer/ops/quantize.h"
 
 namespace corank::ops {
 namespace {
@@ -451,6 +453,58 @@ TEST_F(GpuKernels, SoftmaxPlantedErrorsAreFound) {
   }
 }
 
+// ---- Quantised weights
+
+/// Wide and plain packs: runs at multiples of 8 and not, within one block and over its edges, odd sizes.
+template <class Check>
+void for_nf4(const Check& check) {
+  for (const std::vector<int64_t>& shape : std::vector<std::vector<int64_t>>{{512, 1376}, {64, 172}, {7, 33}, {1, 1}}) {
+    for (const bool double_quant : {false, true}) {
+      const Nf4 full = nf4_quantise(normal(shape, at::kFloat, 0.02), double_quant);
+      check(full);
+      for (const int64_t dim : {0, 1}) {
+        for (const int64_t ranks : {2, 3, 8}) {
+          if (const int64_t length = shape[dim] / ranks; length > 0) check(nf4_narrow(full, dim, length, length));
+        }
+      }
+    }
+  }
+}
+
+TEST_F(GpuKernels, Nf4HasTheBitsOfTheCpu) {
+  for_nf4([](const Nf4& w) {
+    SCOPED_TRACE(testing::Message() << w.shape[0] << " x " << w.shape[1] << " from " << w.runs.start);
+    Nf4 on_gpu = w.to(kGpu);
+    for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kDouble}) {
+      const at::Tensor expected = nf4_dequantise(w, type);
+      on_gpu.codes = gpu(w.codes);
+      EXPECT_TRUE(same_values(nf4_dequantise(on_gpu, type), expected)) << type;
+      on_gpu.codes = gpu_misaligned(w.codes);
+      EXPECT_TRUE(same_values(nf4_dequantise(on_gpu, type), expected)) << type << " misaligned";
+    }
+  });
+}
+
+TEST_F(GpuKernels, Int8HasTheBitsOfTheCpu) {
+  for (const int64_t width : {1, 100, 4096}) {
+    const Int8 w = int8_quantise(normal({257, width}, at::kFloat, 0.02)), on_gpu{gpu(w.q_OI), gpu(w.scale_O1)};
+    for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kDouble}) {
+      EXPECT_TRUE(same_values(int8_dequantise(on_gpu, type), int8_dequantise(w, type))) << type << " " << width;
+    }
+  }
+}
+
+TEST_F(GpuKernels, Nf4PlantedErrorsAreFound) {
+  const Nf4 w = nf4_quantise(normal({64, 256}, at::kFloat, 0.02), true), on_gpu = w.to(kGpu);
+  const auto dequantised = [](const Nf4& x) { return nf4_dequantise(x, at::kFloat); };
+  ASSERT_TRUE(same_values(dequantised(on_gpu), dequantised(w)));
+  Nf4 offset = w, moved = w, swapped = w;
+  offset.nested_offset = std::nextafter(w.nested_offset, 1.0F);
+  moved.runs.start = 8;
+  swapped.codes = w.codes.bitwise_right_shift(4).bitwise_or(w.codes.bitwise_left_shift(4));
+  for (const Nf4& wrong : {offset, moved, swapped}) EXPECT_FALSE(same_values(dequantised(on_gpu), dequantised(wrong)));
+}
+
 // ---- Sizes
 
 TEST_F(GpuKernels, EmptyInputsGiveEmptyOutputs) {
@@ -525,6 +579,17 @@ TEST_F(GpuKernelsLarge, Softmax) {
   EXPECT_TRUE(same_values(last(logits), tail));
 }
 
+TEST_F(GpuKernelsLarge, Nf4) {
+  const int64_t count = kCount * kWidth, tail_count = kLast * kWidth;
+  const Nf4 tail = nf4_quantise(normal({kLast, kWidth}, at::kFloat), false);
+  Nf4 w{{kCount, kWidth}, {1, count, count, 0}, {}, {}, {}, {}};
+  w.codes = at::zeros({count / 2}, at::TensorOptions(at::kByte).device(kGpu));
+  w.codes.narrow(0, (count - tail_count) / 2, tail_count / 2).copy_(tail.codes);
+  w.absmax_RB = at::zeros({1, count / kNf4Block}, at::TensorOptions(at::kFloat).device(kGpu));
+  w.absmax_RB.narrow(1, (count - tail_count) / kNf4Block, tail_count / kNf4Block).copy_(tail.absmax_RB);
+  EXPECT_TRUE(same_values(last(nf4_dequantise(w, at::kBFloat16)), nf4_dequantise(tail, at::kBFloat16)));
+}
+
 // ---- Broken contracts
 
 TEST_F(GpuKernels, WrongArgumentsAreRefused) {
@@ -536,6 +601,10 @@ TEST_F(GpuKernels, WrongArgumentsAreRefused) {
   EXPECT_THROW(cuda::swiglu_forward(x, x.narrow(0, 0, 6)), c10::Error);
   EXPECT_THROW(cuda::softmax_statistics(x, gpu(outside(6))), c10::Error);
   EXPECT_THROW(run_dropout(x, Dropout{0.1, 1, outside(6), 0}), c10::Error);
+  Nf4 w = nf4_quantise(normal({7, 64}, at::kFloat), true).to(kGpu);
+  EXPECT_THROW(nf4_dequantise(w, at::kHalf), c10::Error);
+  w.nested_map = w.nested_map.cpu();
+  EXPECT_THROW(nf4_dequantise(w, at::kFloat), c10::Error);
 }
 
 }  // namespace

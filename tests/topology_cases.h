@@ -22,6 +22,7 @@ struct Setting {
   bool packing = true;
   Checkpointing checkpointing = Checkpointing::none;
   at::ScalarType dtype = at::kFloat;
+  std::string quantization = "none";
 
   /// Losses of two layouts: float32 rounding, or that of bfloat16 partial sums.
   double bound() const { return dtype == at::kFloat ? 1e-5 : 5e-3; }
@@ -33,6 +34,7 @@ ModelOptions tiny(const Setting& setting) {
   ModelOptions options;
   options.shape = "tiny-llama";
   options.dtype = setting.dtype;
+  options.quantization = setting.quantization;
   options.max_positions = 64;
   options.checkpointing = setting.checkpointing;
   return options;

@@ -70,7 +70,7 @@ Checkpoints::Checkpoints(std::string folder, RunIdentity identity, int64_t keep,
 
 void Checkpoints::save(const TrainingState& state) {
   // Every tensor-parallel group gathers: simpler than choosing one, and all ranks make the same calls.
-  const AdapterFile adapter = collect_adapter(store_, identity_, mesh_.tp());
+  const AdapterFile adapter = collect_adapter(store_, method_, identity_, mesh_.tp());
   std::vector<std::pair<std::string, NamedTensors>> groups;
   for (const auto& [group, flat] : state_buffers()) groups.emplace_back(group, store_.gather(flat, mesh_.tp()));
   on_rank_0(mesh_.world(), [&] {
@@ -184,8 +184,11 @@ std::optional<Manifest> verify_checkpoint(const std::string& path, std::string& 
   }
 }
 
-AdapterFile collect_adapter(const ParameterStore& store, const RunIdentity& identity, Communicator& tp) {
-  return {identity.adapter, identity.base_model, store.gather(store.masters(), tp)};
+AdapterFile collect_adapter(const ParameterStore& store, const AdapterMethod& method, const RunIdentity& identity,
+                            Communicator& tp) {
+  AdapterFile file{identity.adapter, identity.base_model, store.gather(store.masters(), tp)};
+  for (auto& entry : method.extra_tensors(tp)) file.tensors.push_back(std::move(entry));
+  return file;
 }
 
 }  // namespace corank

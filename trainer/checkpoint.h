@@ -70,6 +70,7 @@ struct Manifest {
 std::optional<Manifest> verify_checkpoint(const std::string& path, std::string& why);
 
 /// Collective over tp (full tensors of all parameters), for export.
-AdapterFile collect_adapter(const ParameterStore& store, const RunIdentity& identity, Communicator& tp);
+AdapterFile collect_adapter(const ParameterStore& store, const AdapterMethod& method, const RunIdentity& identity,
+                            Communicator& tp);
 
 }  // namespace corank

@@ -1,13 +1,38 @@
 #include "trainer/adapter/adapted_linear.h"
 
+#include <fmt/format.h>
+
+#include "configs/error.h"
 #include "trainer/ops/random.h"
 #include "trainer/ops/regions.h"
 
 namespace corank {
 
-AdaptedLinear::AdaptedLinear(LinearSite site, std::unique_ptr<FrozenWeight> weight, at::Tensor bias_O, bool adds_bias)
-    : site_(std::move(site)), weight_(std::move(weight)), adds_bias_(adds_bias) {
+AdaptedLinear::AdaptedLinear(LinearSite site, BaseWeight base, at::Tensor bias_O, bool adds_bias)
+    : site_(std::move(site)),
+      base_(std::move(base)),
+      weight_(make_frozen_weight(base_.format, base_.stored, base_.shard)),
+      adds_bias_(adds_bias) {
   bias_O_.value = std::move(bias_O);
+}
+
+at::Tensor AdaptedLinear::read_base() const {
+  if (base_.stored.read_nf4()) {
+    throw ConfigError(fmt::format(
+        "{}: the model's files hold it in 4 bits, and this adapter starts from the full weight. Take the model in 16 "
+        "bits.",
+        name()));
+  }
+  return base_.stored.read({}).to(base_.format.device, base_.format.dtype);
+}
+
+void AdaptedLinear::rebuild(const std::function<at::Tensor(const at::Tensor& full_OI)>& change) {
+  StoredWeight stored = base_.stored;
+  if (change) {
+    stored.read = [&](const Shard& shard) { return take_shard(change(read_base().to(at::kFloat)), shard); };
+    stored.read_nf4 = [] { return std::nullopt; };
+  }
+  weight_ = make_frozen_weight(base_.format, stored, base_.shard);
 }
 
 void AdaptedLinear::train_base(ParameterStore& store) {

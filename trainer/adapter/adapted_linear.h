@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,11 +16,16 @@ namespace corank {
 class AdaptedLinear {
  public:
   /// `bias_O`: this rank's block, or undefined. `adds_bias`: false where another rank of the row-parallel sum adds it.
-  AdaptedLinear(LinearSite site, std::unique_ptr<FrozenWeight> weight, at::Tensor bias_O, bool adds_bias);
+  AdaptedLinear(LinearSite site, BaseWeight base, at::Tensor bias_O, bool adds_bias);
 
   const LinearSite& site() const { return site_; }
   const std::string& name() const { return site_.name; }
   const FrozenWeight& weight() const { return *weight_; }
+  /// The whole weight [out, in] as the model's files have it, in the compute dtype, on the run's device.
+  at::Tensor read_base() const;
+  /// Makes the frozen weight anew, from what `change` makes of read_base() in float32 (none: as it was at first). What
+  /// earlier changes left is forgotten.
+  void rebuild(const std::function<at::Tensor(const at::Tensor& full_OI)>& change = {});
   /// Of the full linear: weight and bias.
   int64_t num_base_parameters() const { return site_.in * site_.out + (bias_O_.defined() ? site_.out : 0); }
   void set_adapter(std::unique_ptr<Adapter> adapter) { adapter_ = std::move(adapter); }
@@ -31,6 +37,7 @@ class AdaptedLinear {
 
  private:
   LinearSite site_;
+  BaseWeight base_;
   std::unique_ptr<FrozenWeight> weight_;
   at::Tensor weight_leaf_;
   ops::Weight bias_O_;

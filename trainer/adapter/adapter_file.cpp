@@ -81,6 +81,8 @@ AdapterFile read_h5(const std::string& path) {
   adapter.base_model = file.attribute_string("base_model");
   for (const std::string& name : file.names())
     adapter.tensors.emplace_back(name.substr(name.find_first_not_of('/')), file.read(name));
+  adapter.config.method = file.attribute_string("method");
+  if (adapter.config.method == "pissa") make_method(adapter.config)->to_peft(adapter);  // on the original base
   return adapter;
 }
 

@@ -43,6 +43,7 @@ const std::vector<MethodKey>& method_keys() {
       {"alpha_pattern", {"lora", "dora", "pissa"}},
       {"init_lora_weights", {"lora", "dora"}},
       {"mora_type", {"mora"}},
+      {"pissa_niter", {"pissa"}},
       {"loraplus_lr_ratio", {"lora", "dora", "pissa", "adalora", "mora"}},
       {"modules_to_save", {"lora", "dora", "pissa", "adalora", "mora"}},
       {"init_r", {"adalora"}},
@@ -173,6 +174,7 @@ AdapterConfig read_adapter_config(const Section& section) {
   c.init_lora_weights = section.get_choice("init_lora_weights", c.init_lora_weights, {"true", "gaussian"});
   c.adalora = read_adalora(section);
   c.mora_type = section.get<int64_t>("mora_type", c.mora_type);
+  c.pissa_niter = section.get_optional<int64_t>("pissa_niter");
   c.loraplus_lr_ratio = section.get<double>("loraplus_lr_ratio", c.loraplus_lr_ratio);
   c.modules_to_save = section.get<std::vector<std::string>>("modules_to_save", {});
   c.path = section.get<std::string>("path", "");
@@ -187,6 +189,7 @@ void check(const AdapterConfig& c, const std::string& where) {
   if (!(c.lora_alpha > 0)) fail(fmt::format(".lora_alpha: {} is not positive", c.lora_alpha));
   if (!(c.lora_dropout >= 0 && c.lora_dropout < 1))
     fail(fmt::format(".lora_dropout: {} is not in [0, 1)", c.lora_dropout));
+  if (c.pissa_niter && *c.pissa_niter < 0) fail(fmt::format(".pissa_niter: {} is negative", *c.pissa_niter));
   if (!(c.loraplus_lr_ratio > 0)) fail(fmt::format(".loraplus_lr_ratio: {} is not positive", c.loraplus_lr_ratio));
   for (const auto& [key, rank] : c.rank_pattern) {
     if (rank < 1 || rank != std::floor(rank))

@@ -49,6 +49,7 @@ struct AdapterConfig {
   std::string init_lora_weights = "true";                                   ///< true or gaussian
   AdaLoraConfig adalora;
   int64_t mora_type = 1;
+  std::optional<int64_t> pissa_niter;        ///< subspace iterations of a randomised decomposition; none: exact
   double loraplus_lr_ratio = 1;              ///< LoRA+ (arXiv 2402.12354): learning rate of B over that of A
   std::vector<std::string> modules_to_save;  ///< embed_tokens, lm_head, norm: trained in full beside the adapter
   std::string path;                          ///< PEFT folder or corank checkpoint to start from

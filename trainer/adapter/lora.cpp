@@ -6,20 +6,6 @@
 namespace corank {
 namespace {
 
-class LoraAdapter : public Adapter {
- public:
-  explicit LoraAdapter(double dropout) : dropout_(dropout) {}
-  std::shared_ptr<const ops::Update> update(const ops::Dropout& dropout) const override {
-    return std::make_shared<ops::LowRankUpdate>(factors.low_rank(dropout));
-  }
-  double dropout() const override { return dropout_; }
-
-  LoraFactors factors;
-
- private:
-  double dropout_;
-};
-
 class Lora : public AdapterMethod {
  public:
   using AdapterMethod::AdapterMethod;

@@ -28,6 +28,21 @@ class LoraFactors {
   ops::Weight a_RI_, b_OR_;
 };
 
+/// y = x W^T + s drop(x) A^T B^T.
+class LoraAdapter : public Adapter {
+ public:
+  explicit LoraAdapter(double dropout) : dropout_(dropout) {}
+  std::shared_ptr<const ops::Update> update(const ops::Dropout& dropout) const override {
+    return std::make_shared<ops::LowRankUpdate>(factors.low_rank(dropout));
+  }
+  double dropout() const override { return dropout_; }
+
+  LoraFactors factors;
+
+ private:
+  double dropout_;
+};
+
 /// Rank, scaling and PEFT's initial values of LoRA (methods 1.3): kaiming_uniform(a = sqrt 5) is U(-1/sqrt in, 1/sqrt
 /// in) with the full fan-in, gaussian is N(0, 1/r^2); B starts at 0.
 LoraFactors::Options lora_options(const AdapterConfig& config, const LinearSite& site, uint64_t seed);

@@ -11,7 +11,8 @@ struct Method {
 };
 
 constexpr Method kMethods[] = {
-    {"lora", make_lora}, {"dora", make_dora}, {"adalora", make_adalora}, {"mora", make_mora}, {"full", make_full},
+    {"lora", make_lora}, {"dora", make_dora},   {"adalora", make_adalora},
+    {"mora", make_mora}, {"pissa", make_pissa}, {"full", make_full},
 };
 
 }  // namespace

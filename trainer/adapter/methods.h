@@ -54,6 +54,9 @@ class AdapterMethod {
   /// which a resume overwrites in place before begin().
   virtual std::vector<std::pair<std::string, at::Tensor>> state() { return {}; }
 
+  /// Collective over tp. Full tensors that an adapter file must hold beside the parameters.
+  virtual std::vector<std::pair<std::string, at::Tensor>> extra_tensors(Communicator& /*tp*/) const { return {}; }
+
   /// Under which purpose its gradients travel.
   virtual Purpose gradient_purpose() const { return Purpose::adapter_gradients; }
   /// True: the result is a model folder (full fine-tuning); false: a PEFT adapter folder.
@@ -89,6 +92,7 @@ std::unique_ptr<AdapterMethod> make_lora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_dora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_adalora(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_mora(const AdapterConfig& config);
+std::unique_ptr<AdapterMethod> make_pissa(const AdapterConfig& config);
 std::unique_ptr<AdapterMethod> make_full(const AdapterConfig& config);
 
 }  // namespace corank

@@ -20,32 +20,38 @@ using torch::autograd::variable_list;
 /// Builds a model's parts from a weight source: this rank's shards, in the run's dtype, on its device.
 class Loader {
  public:
-  Loader(const ModelOptions& options, WeightSource& source, Communicator& tp)
-      : options_(options), source_(source), tp_(tp) {}
+  Loader(const ModelOptions& options, std::shared_ptr<WeightSource> source, Communicator& tp)
+      : options_(options), source_(std::move(source)), tp_(tp) {}
 
   std::unique_ptr<AdaptedLinear> linear(const std::string& name, int64_t in, int64_t out, Split split, bool has_bias) {
     LinearSite site{name, in, out, split, {}, {}};
     (split == Split::column ? site.out_shard : site.in_shard) = Shard::of(0, split == Split::column ? out : in, tp_);
     Shard shard = Shard::of(split == Split::column ? 0 : 1, split == Split::column ? out : in, tp_);
-    const auto read = [&](const Shard& s) { return source_.read(name + ".weight", {out, in}, s); };
-    auto weight = make_frozen_weight({options_.quantization, options_.dtype, options_.device}, read, shard);
+    BaseWeight base{{options_.quantization, options_.double_quant, options_.dtype, options_.device},
+                    stored(name + ".weight", {out, in}),
+                    shard};
     at::Tensor bias;
-    if (has_bias) bias = place(source_.read(name + ".bias", {out}, site.out_shard));
+    if (has_bias) bias = place(source_->read(name + ".bias", {out}, site.out_shard));
     const bool adds_bias = split == Split::column || tp_.rank() == 0;
-    return std::make_unique<AdaptedLinear>(std::move(site), std::move(weight), bias, adds_bias);
+    return std::make_unique<AdaptedLinear>(std::move(site), std::move(base), bias, adds_bias);
   }
 
-  ops::Weight norm(const std::string& name, int64_t size) { return {place(source_.read(name, {size}, {})), {}}; }
+  ops::Weight norm(const std::string& name, int64_t size) { return {place(source_->read(name, {size}, {})), {}}; }
   ops::Weight vocabulary(const std::string& name, int64_t vocab, int64_t hidden) {
-    return {place(source_.read(name, {vocab, hidden}, Shard::of(0, vocab, tp_))), {}};
+    return {place(source_->read(name, {vocab, hidden}, Shard::of(0, vocab, tp_))), {}};
   }
-  void skip(const std::string& name) { source_.skip(name); }
+  void skip(const std::string& name) { source_->skip(name); }
 
  private:
+  /// Reads as long as the linear lives.
+  StoredWeight stored(const std::string& name, const std::vector<int64_t>& shape) const {
+    return {name, [=, source = source_](const Shard& shard) { return source->read(name, shape, shard); },
+            [=, source = source_] { return source->read_nf4(name, shape); }};
+  }
   at::Tensor place(const at::Tensor& t) { return t.to(options_.device, options_.dtype).contiguous(); }
 
   const ModelOptions& options_;
-  WeightSource& source_;
+  std::shared_ptr<WeightSource> source_;
   Communicator& tp_;
 };
 
@@ -149,9 +155,10 @@ class Layer {
 
 class Decoder : public Model {
  public:
-  Decoder(const DecoderConfig& config, const ModelOptions& options, WeightSource& source, Communicator& tp)
+  Decoder(const DecoderConfig& config, const ModelOptions& options, std::shared_ptr<WeightSource> source,
+          Communicator& tp)
       : config_(config), tp_(tp), vocab_shard_(Shard::of(0, config.vocab_size, tp)) {
-    Loader load(options, source, tp);
+    Loader load(options, std::move(source), tp);
     embedding_ = load.vocabulary("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
     for (int64_t i = 0; i < config.num_layers; ++i) {
       layers_.push_back(std::make_unique<Layer>(config, i, options.checkpointing, load));
@@ -228,9 +235,9 @@ void check_split(const DecoderConfig& config, int tensor) {
   require_divides("feed-forward features (intermediate_size)", config.intermediate_size, tensor);
 }
 
-std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options, WeightSource& weights,
-                                    Communicator& tp) {
-  return std::make_unique<Decoder>(config, options, weights, tp);
+std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options,
+                                    std::shared_ptr<WeightSource> weights, Communicator& tp) {
+  return std::make_unique<Decoder>(config, options, std::move(weights), tp);
 }
 
 }  // namespace corank

@@ -27,8 +27,8 @@ struct DecoderConfig {
 /// ConfigError if heads, key-value heads or the feed-forward size do not divide by `tensor`.
 void check_split(const DecoderConfig& config, int tensor);
 
-std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options, WeightSource& weights,
-                                    Communicator& tp);
+std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options,
+                                    std::shared_ptr<WeightSource> weights, Communicator& tp);
 
 /// The Llama family (Llama 2 and 3, SmolLM2, TinyLlama): reads config.json.
 DecoderConfig llama_config(const std::string& config_json, const std::string& origin);

@@ -6,6 +6,7 @@
 
 #include "configs/error.h"
 #include "data/file.h"
+#include "trainer/model/bitsandbytes.h"
 #include "trainer/model/decoder.h"
 
 namespace corank {
@@ -60,6 +61,16 @@ std::string origin_of(const ModelOptions& options) {
   return options.path.empty() ? "model.shape " + options.shape : options.path + "/config.json";
 }
 
+/// Weights that are stored quantised stay as they are.
+void check_stored_format(const std::string& config_json, const ModelOptions& options) {
+  if (!says_bitsandbytes_nf4(config_json, origin_of(options))) return;
+  const std::string found = origin_of(options) + " says that the weights are bitsandbytes' nf4";
+  if (options.quantization != "nf4") {
+    throw ConfigError(
+        fmt::format("model.quantization: {}, but {}. Write model.quantization: nf4.", options.quantization, found));
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> shape_names() {
@@ -81,12 +92,14 @@ void check_model_config(const std::string& config_json, const std::string& origi
 }
 
 std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp) {
-  const DecoderConfig config = read_config(model_config_json(options), origin_of(options));
+  const std::string config_json = model_config_json(options);
+  const DecoderConfig config = read_config(config_json, origin_of(options));
   check_split(config, tp.size());
+  check_stored_format(config_json, options);
   const bool outline = options.device.is_meta();
-  const auto weights =
+  const std::shared_ptr<WeightSource> weights =
       options.path.empty() ? random_weights(options.seed, outline) : folder_weights(options.path, outline);
-  auto model = make_decoder(config, options, *weights, tp);
+  auto model = make_decoder(config, options, weights, tp);
   weights->finish();
   return model;
 }

@@ -19,6 +19,7 @@ struct ModelOptions {
   std::string shape;  ///< random weights of a named shape
   at::ScalarType dtype = at::kBFloat16;
   std::string quantization = "none";
+  bool double_quant = true;  ///< of nf4
   Checkpointing checkpointing = Checkpointing::none;
   int64_t max_positions = 1024;  ///< longest sequence that will come
   uint64_t seed = 42;            ///< of random weights

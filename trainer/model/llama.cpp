@@ -101,7 +101,6 @@ DecoderConfig llama_config(const std::string& config_json, const std::string& or
   if (activation != "silu") file.refuse(fmt::format("hidden_act is {}, not silu", activation));
   if (file.get<double>("attention_dropout", 0.0) != 0) file.refuse("attention_dropout is not 0");
   if (file.has("sliding_window")) file.refuse("sliding_window is set");
-  if (file.has("quantization_config")) file.refuse("quantization_config is set: the weights are already quantised");
   return c;
 }
 

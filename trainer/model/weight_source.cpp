@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "configs/error.h"
+#include "trainer/model/bitsandbytes.h"
 #include "trainer/ops/random.h"
 
 namespace corank {
@@ -16,7 +17,8 @@ at::Tensor outline_of(const std::vector<int64_t>& shape, const Shard& shard) {
 
 class FolderWeights : public WeightSource {
  public:
-  FolderWeights(const std::string& folder, bool outline) : file_(folder), outline_(outline) {}
+  FolderWeights(const std::string& folder, bool outline)
+      : file_(folder), outline_(outline), holds_nf4_(holds_bitsandbytes_nf4(file_)) {}
 
   at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) override {
     if (!file_.has(name)) {
@@ -41,6 +43,11 @@ class FolderWeights : public WeightSource {
     return take_shard(part, {shard.dim, 0, shard.block});
   }
 
+  std::optional<ops::Nf4> read_nf4(const std::string& name, const std::vector<int64_t>& shape) override {
+    if (!holds_nf4_) return std::nullopt;
+    return read_bitsandbytes_nf4(file_, name, shape, outline_);
+  }
+
   void skip(const std::string& name) override {
     if (file_.has(name)) file_.mark_used(name);
   }
@@ -48,7 +55,7 @@ class FolderWeights : public WeightSource {
 
  private:
   WeightFile file_;
-  bool outline_;
+  bool outline_, holds_nf4_;
 };
 
 class RandomWeights : public WeightSource {
@@ -68,6 +75,7 @@ class RandomWeights : public WeightSource {
     return local;
   }
 
+  std::optional<ops::Nf4> read_nf4(const std::string&, const std::vector<int64_t>&) override { return std::nullopt; }
   void skip(const std::string&) override {}
   void finish() override {}
 

@@ -1,9 +1,11 @@
 #pragma once
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "data/weight_file.h"
+#include "trainer/ops/quantize.h"
 #include "trainer/parameters.h"
 
 namespace corank {
@@ -15,6 +17,8 @@ class WeightSource {
   /// The block of tensor `name` that `shard` names, on the CPU, padded with zeros. InputError if the tensor is absent
   /// or has another shape than `shape`.
   virtual at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) = 0;
+  /// All of weight `name`, on the CPU, where the files hold bitsandbytes' NF4; otherwise nothing.
+  virtual std::optional<ops::Nf4> read_nf4(const std::string& name, const std::vector<int64_t>& shape) = 0;
   /// A tensor that this model does not need although the file may hold it (a tied head).
   virtual void skip(const std::string& name) = 0;
   /// Call when the model is complete: InputError if the files hold a tensor that nothing read.

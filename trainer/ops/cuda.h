@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "trainer/ops/dropout.h"
+#include "trainer/ops/quantize.h"
 
 /// The CUDA kernels behind the ops. Every tensor: CUDA, contiguous, float32 or bfloat16 (has_kernel); statistics and
 /// arithmetic in float32; on the current stream. A CPU build has the same functions in no_cuda.cpp; they throw.
@@ -39,6 +40,9 @@ void softmax_gradient(const at::Tensor& logits_MV, const at::Tensor& lse_M, cons
 /// (max [M], sum of exp(logits - max) [M], logit of the target or 0 where outside [M]), float32, in one pass.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tensor& logits_MV,
                                                                   const at::Tensor& targets_M);
+
+/// Fills `out` (float32, float64 or bfloat16) with the weights.
+void nf4_dequantise(const Nf4& w, const at::Tensor& out);
 
 /// The caching allocator of the current device, and a wait for everything on it.
 int64_t peak_memory_bytes();

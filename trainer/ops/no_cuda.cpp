@@ -15,6 +15,7 @@ at::Tensor swiglu_forward(const at::Tensor&, const at::Tensor&) { absent(); }
 std::pair<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&) { absent(); }
 void softmax_gradient(const at::Tensor&, const at::Tensor&, const at::Tensor&) { absent(); }
 std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tensor&, const at::Tensor&) { absent(); }
+void nf4_dequantise(const Nf4&, const at::Tensor&) { absent(); }
 int64_t peak_memory_bytes() { absent(); }
 void reset_peak_memory() { absent(); }
 void synchronize() { absent(); }

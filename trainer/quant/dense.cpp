@@ -17,9 +17,9 @@ class DenseWeight : public FrozenWeight {
 
 }  // namespace
 
-std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const ReadShard& read,
+std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const StoredWeight& stored,
                                                 const Shard& shard) {
-  return std::make_unique<DenseWeight>(read(shard).to(options.device, options.dtype).contiguous());
+  return std::make_unique<DenseWeight>(stored.read(shard).to(options.device, options.dtype).contiguous());
 }
 
 }  // namespace corank
