@@ -1,3 +1,4 @@
+#include <fmt/format.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <fstream>
@@ -8,6 +9,7 @@
 #include "tests/support.h"
 #include "trainer/adapter/rank_budget.h"
 #include "trainer/generation.h"
+#include "trainer/ops/mora.h"
 
 // Against values that transformers and PEFT computed (tests/golden/make_golden.py), float32 on the CPU. Bounds:
 // methods 13.
@@ -261,6 +263,111 @@ TEST_P(Allocator, BudgetsAndMasksAreThoseOfPeft) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Traces, Allocator, testing::Values("allocator_0.json", "allocator_1.json"));
+
+class PissaGolden : public testing::Test {
+ protected:
+  PissaGolden() {
+    adapter_.config.method = "pissa";
+    adapter_.config.r = 4;
+    adapter_.config.lora_alpha = 8;
+    const SafetensorsFile file(golden_.path("adapter/adapter_model.safetensors"));
+    for (const auto& entry : file.tensors()) adapter_.tensors.emplace_back(entry.first, file.read(entry.first));
+  }
+
+  Golden golden_{"methods/pissa"};
+  AdapterFile adapter_;
+};
+
+/// Signs of singular vectors are free: products are compared, never factors.
+TEST_F(PissaGolden, FirstFactorsAndResidualsAreThoseOfPeft) {
+  TrainingRun run(nullptr, 1, model_at(golden_.model()), adapter_.config);
+  const SafetensorsFile expected(golden_.path("init.safetensors"));
+  int64_t compared = 0;
+  for (const AdaptedLinear* linear : run.model->linears()) {
+    const std::string module = linear->name().substr(std::string("model.").size());
+    if (!expected.tensors().count("product." + module)) continue;
+    const auto factor = [&](const char* suffix) {
+      return run.store.at("base_model.model." + linear->name() + suffix).master;
+    };
+    const at::Tensor product = at::mm(factor(".lora_B.weight"), factor(".lora_A.weight")) * 2;
+    const at::Tensor residual = linear->weight().dense_OI();
+    EXPECT_LT(relative_error(product, expected.read("product." + module)), 1e-5) << linear->name();
+    EXPECT_LT(relative_error(residual, expected.read("residual." + module)), 1e-5) << linear->name();
+    EXPECT_LT(relative_error(product + residual, linear->read_base()), 1e-6) << linear->name();
+    ++compared;
+  }
+  EXPECT_EQ(compared, 3);
+}
+
+TEST_F(PissaGolden, LossGradientsAndTwentyStepsMatch) {
+  OptimizerOptions optimizer;
+  optimizer.weight_decay = 0.01;
+  TrainingRun run(nullptr, 1, model_at(golden_.model()), adapter_.config, optimizer, 42, &adapter_);
+  EXPECT_LT(relative_error(all_logits(*run.model, golden_.tokens(0), run.mesh.tp()), golden_.value("logits.0")), 1e-5);
+  EXPECT_NEAR(accumulate(run, golden_.batches()) / golden_.number("loss"), 1, 1e-6);
+  for (const auto& p : run.store.parameters()) {
+    EXPECT_LT(relative_error(p.gradient, golden_.value("grad." + p.spec.name)), 1e-4) << p.spec.name;
+  }
+  run.store.gradients().zero_();
+  const at::Tensor losses = golden_.value("losses_20");
+  for (int64_t step = 1; step <= 20; ++step) {
+    const StepStats stats = run.step(golden_.batches(), step, lr_at({"cosine", 1e-3, 3, 20}, step));
+    EXPECT_NEAR(stats.loss / losses[step - 1].item<double>(), 1, 1e-4) << "step " << step;
+  }
+}
+
+/// On the original base, with twice the rank.
+TEST_F(PissaGolden, ConversionToPlainLoraMatches) {
+  TrainingRun run(nullptr, 1, model_at(golden_.model()), adapter_.config, {}, 42, &adapter_);
+  AdapterFile file = adapter_;
+  for (auto& entry : run.method->extra_tensors(run.mesh.tp())) file.tensors.push_back(entry);
+  run.method->to_peft(file);
+  EXPECT_EQ(file.config.method, "lora");
+  EXPECT_EQ(file.config.r, 8);
+  EXPECT_EQ(file.config.lora_alpha, 16);
+  TrainingRun plain(nullptr, 1, model_at(golden_.model()), file.config, {}, 42, &file);
+  const at::Tensor logits = all_logits(*plain.model, golden_.tokens(0), plain.mesh.tp());
+  EXPECT_LT(relative_error(logits, golden_.value("lora.logits.0")), 1e-5);
+  EXPECT_LT(relative_error(logits, golden_.value("logits.0")), 1e-5);
+}
+
+/// The authors' fork of PEFT, run in double precision (make_methods.py), with W = 0.
+TEST(MoraGolden, OutputsAndGradientsOfEveryTypeAndShape) {
+  const json sides = json::parse(read_file(golden("methods/mora.json")));
+  const SafetensorsFile file(golden("methods/mora.safetensors"));
+  const auto value = [&](const std::string& name) { return file.read(name).to(at::kDouble); };
+  struct Zero : ops::Matrix {
+    at::Tensor w_OI;
+    at::Tensor dense_OI() const override { return w_OI; }
+  };
+  using enum ops::Grouping;
+  const std::map<int64_t, std::pair<ops::Grouping, ops::Grouping>> types{
+      {1, {modulo, modulo}}, {2, {block, block}}, {3, {block, modulo}}, {4, {modulo, block}}, {6, {rotate, rotate}}};
+  for (const auto& [shape, ranks] : sides.items()) {
+    const at::Tensor x = value(shape + ".x"), g = value(shape + ".g");
+    const int64_t in = x.size(1), out = g.size(1);
+    Zero w;
+    w.w_OI = at::zeros({out, in}, at::kDouble);
+    for (const auto& [r, side] : ranks.items()) {
+      for (const auto& [type, grouping] : types) {
+        const std::string name = fmt::format("{}.type{}.{}", shape, type, r);
+        SCOPED_TRACE(name);
+        const int64_t size = side[type == 6 ? "rotation" : "sharing"].get<int64_t>();
+        const at::Tensor m = value(shape + ".M").narrow(0, 0, size).narrow(1, 0, size).contiguous();
+        const ops::MoraUpdate update({{m, m}, grouping.first, grouping.second, {in, 0, in}, {out, 0, out}, {}});
+        std::vector<at::Tensor> saved;
+        at::Tensor dx;
+        const double bound = type == 6 ? 1e-5 : 2e-6;
+        EXPECT_LT(relative_error(update.forward(x, w, {}, saved), value(name + ".y")), bound);
+        EXPECT_LT(relative_error(update.backward(g, x, w, saved, true, dx)[0], value(name + ".dM")), bound);
+        EXPECT_LT(relative_error(dx, value(name + ".dx")), bound);
+        if (!file.tensors().count(name + ".delta")) continue;
+        const at::Tensor delta = ops::mora_delta(m, grouping.first, grouping.second, in, out);
+        EXPECT_LT(relative_error(delta, value(name + ".delta")), bound);
+      }
+    }
+  }
+}
 
 class FullGolden : public testing::Test {
  protected:
