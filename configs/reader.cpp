@@ -261,6 +261,25 @@ void remove_entry(Node& root, const std::vector<std::string>& parts, const std::
   std::erase_if(map->children, [&](const Node& child) { return child.key == parts.back(); });
 }
 
+/// False where YAML took less than was typed: it cuts at " #" and makes a map at ": ".
+bool is_whole(const Node& value, const std::string& text) {
+  const auto blank = [](unsigned char c) { return std::isspace(c); };
+  const auto first = std::find_if_not(text.begin(), text.end(), blank);
+  const auto last = std::find_if_not(text.rbegin(), text.rend(), blank).base();
+  const std::string trimmed(first, std::max(first, last));
+  switch (value.kind) {
+    case Node::Kind::null:
+      return trimmed.find('#') == std::string::npos;
+    case Node::Kind::scalar:
+      return value.quoted ? trimmed.ends_with(trimmed.front()) : trimmed == value.text;
+    case Node::Kind::list:
+      return trimmed.starts_with('[') && trimmed.ends_with(']');
+    case Node::Kind::map:
+      return trimmed.starts_with('{') && trimmed.ends_with('}');
+  }
+  return true;
+}
+
 void lay_over(Node& root, const std::string& setting, std::set<std::string>& seen) {
   const auto refuse = [&](const std::string& message) {
     throw ConfigError(command_line().name + ": " + printable(setting) + ": " + message + ".");
@@ -280,6 +299,12 @@ void lay_over(Node& root, const std::string& setting, std::set<std::string>& see
     value = parse_tree(text, command_line());
   } catch (const ConfigError& error) {
     refuse("the value cannot be read: " + std::string(error.what()));
+  }
+  if (!is_whole(value, text)) {
+    refuse(
+        "YAML reads ' #' as the start of a comment and ': ' as a map; put quotes around the value that the shell "
+        "leaves standing: '" +
+        path + "=\"...\"'");
   }
   if (value.kind == Node::Kind::null) return remove_entry(root, parts, setting);
   Node* node = &root;
@@ -420,9 +445,13 @@ struct Section::State {
 Section::Section(std::shared_ptr<State> state) : state_(std::move(state)) {}
 
 Section Section::load(const std::string& path, const std::vector<std::string>& overrides) {
-  std::ifstream in(path, std::ios::binary);
-  if (std::filesystem::is_directory(path) || !in) {
-    throw MissingError(path + ": the run file does not exist or cannot be read; give the path of a YAML file.");
+  // Only regular files: opening a pipe would wait for its writer.
+  std::ifstream in;
+  if (std::filesystem::is_regular_file(path)) in.open(path, std::ios::binary);
+  if (!in.is_open()) {
+    throw MissingError(path +
+                       ": the run file does not exist, cannot be read or is no regular file; give the path of a "
+                       "YAML file.");
   }
   std::string text(kMaxBytes + 1, '\0');  // one byte more than allowed, so that parse() sees a file that is too large
   in.read(text.data(), static_cast<std::streamsize>(text.size()));

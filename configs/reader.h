@@ -23,7 +23,8 @@ namespace corank {
 class Section {
  public:
   /// Parses `path` and lays `overrides` ("key.sub=value", value in YAML, each key once) over it. A value replaces what
-  /// stood there, lists and maps as a whole; null takes the key away. Refused with ConfigError: more than one document,
+  /// stood there, lists and maps as a whole; null takes the key away; what YAML would read in part only (" #" begins a
+  /// comment) or as a map without braces is refused. Refused with ConfigError: more than one document,
   /// anchors, aliases, tags, merge keys, duplicate keys, text that is not UTF-8, a file over 1 MB, 10,000 nodes or 32
   /// levels. A missing file is a MissingError.
   static Section load(const std::string& path, const std::vector<std::string>& overrides = {});

@@ -36,11 +36,12 @@ std::string folder_of(const std::string& path) {
 /// An open file descriptor for reading.
 class Input {
  public:
-  explicit Input(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  // Without O_NONBLOCK the opening of a pipe would wait for its writer.
+  explicit Input(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     struct stat status {};
-    if (fd_ >= 0 && ::fstat(fd_, &status) == 0 && S_ISDIR(status.st_mode)) {
+    if (fd_ >= 0 && ::fstat(fd_, &status) == 0 && (S_ISDIR(status.st_mode) || S_ISFIFO(status.st_mode))) {
       ::close(fd_);
-      throw MissingError(path + ": is a folder, and a file is needed here; name a file inside it.");
+      throw MissingError(path + ": is a folder or a pipe, and a file is needed here; name a file.");
     }
     if (fd_ < 0) throw MissingError(path + ": cannot be opened: " + reason() + ". Check the path and its permissions.");
     size_ = static_cast<int64_t>(status.st_size);

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <utility>
 
 #include "configs/error.h"
@@ -221,6 +222,9 @@ struct Reader::Impl {
 Reader::Reader(const std::string& path) {
   if (::access(path.c_str(), R_OK) != 0) {
     throw MissingError(path + ": does not exist or cannot be read. Check the path and its permissions.");
+  }
+  if (!std::filesystem::is_regular_file(path)) {
+    throw MissingError(path + ": is no regular file, and an HDF5 file is needed here. Name a file.");
   }
   const Lock lock;
   auto impl = std::make_unique<Impl>();

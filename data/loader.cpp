@@ -190,8 +190,10 @@ struct Loader::Impl {
     const Memory memory = cuda_is_up() ? Memory::pinned : Memory::ordinary;
     const int64_t micro = options.micro_batch_size;
     StepBatches step;
-    for (int64_t k = options.dp_rank; k * micro < options.global_batch_size; k += options.dp_size) {
-      const int64_t begin = first + k * micro;
+    const int64_t left = std::min(options.global_batch_size, static_cast<int64_t>(sequences.size()) - first);
+    const int64_t rounds = divide_up(divide_up(left, micro), options.dp_size);
+    for (int64_t round = 0; round < rounds; ++round) {
+      const int64_t k = round * options.dp_size + options.dp_rank, begin = first + k * micro;
       const Batch& batch = step.micro_batches.emplace_back(
           read_batch(memory, file, sequences, begin, begin + micro, k * micro, options.sampler.seq_len));
       step.num_targets += batch.num_targets();

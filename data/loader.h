@@ -25,14 +25,15 @@ struct LoaderState {
 
 /// This rank's micro-batches of one step.
 struct StepBatches {
-  std::vector<Batch> micro_batches;  ///< global_batch_size / (micro_batch_size * dp_size) of them on every rank
+  std::vector<Batch> micro_batches;  ///< as many on every rank: what holds the step's sequences
   int64_t num_targets = 0;           ///< of this rank
   int64_t num_tokens = 0;            ///< of this rank, padding not counted
   double epoch = 0;                  ///< epochs done after this step, e.g. 1.25
 };
 
 /// Endless stream of steps, prepared by a background thread one step ahead. The last batch of an epoch holds what is
-/// left; a micro-batch without a sequence is one padding token without targets, so that all ranks make the same calls.
+/// left; where that gives some ranks a micro-batch and others none, theirs is one padding token without targets, so
+/// that all ranks make the same calls.
 /// Not thread-safe.
 class Loader {
  public:

@@ -160,7 +160,8 @@ class Header {
 }  // namespace
 
 SafetensorsFile::SafetensorsFile(const std::string& path)
-    : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    : path_(path),
+      fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {  // a pipe is refused below, not waited for
   if (fd_ < 0) {
     throw MissingError(path + ": cannot be opened: " + std::generic_category().message(errno) + ". Check the path.");
   }

@@ -73,7 +73,7 @@ bool all_equal(const Report& report) {
 int run_bench_comm(const CommandLine& line, const World& world) {
   share_cores(world);
   const RunConfig run = read_run(line.run_file, line.overrides);
-  check_inputs_together(run, world);
+  check_together(check_inputs, run, world);
   RunConfig full_run = run;
   full_run.adapter = {};
   full_run.adapter.method = "full";
@@ -90,7 +90,8 @@ int run_bench_comm(const CommandLine& line, const World& world) {
   } else {
     print_report(("this run (" + run.adapter.method + "), rank 0").c_str(), adapter);
     print_report("full fine-tuning, same layout, rank 0", full);
-    fmt::print("full fine-tuning hands over {:.2f} times the bytes\n", ratio);
+    fmt::print("{}\n", world.size() == 1 ? "one rank sends nothing: start more of them with mpirun"
+                                         : fmt::format("full fine-tuning hands over {:.2f} times the bytes", ratio));
   }
   if (!all_equal(adapter) || !all_equal(full))
     throw InternalError("bench comm: predicted and counted bytes differ (see above).");

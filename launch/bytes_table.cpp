@@ -45,7 +45,7 @@ std::string closing_text(Session& session, const std::map<Purpose, int64_t>& cou
   const RunConfig& run = session.run();
   std::string text =
       fmt::format("{}: {}\n", session.method().trains_base() ? "model" : "adapter", result_path(session));
-  if (session.mesh().world().size() > 1) {
+  if (session.mesh().world().size() > 1 && !counted.empty()) {
     // What does not depend on the method was counted; the gradients of full fine-tuning are predicted.
     std::map<Purpose, int64_t> full = counted;
     AdapterConfig method;

@@ -1,13 +1,19 @@
 #include "launch/checks.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
+#include <optional>
+#include <sstream>
 
 #include "comm/backends.h"
+#include "data/file.h"
 #include "trainer/adapter/adapter_file.h"
 #include "trainer/adapter/methods.h"
+#include "trainer/adapter/start.h"
 #include "trainer/agree.h"
 
 namespace corank {
@@ -28,6 +34,8 @@ void check_layout(const RunConfig& run, int ranks) {
   }
 }
 
+namespace fs = std::filesystem;
+
 /// A list entry that names no linear is a typing error that would silently train less.
 void require_every_target(const AdapterConfig& adapter, const std::vector<std::string>& linears) {
   for (const std::string& name : adapter.target_modules.names) {
@@ -38,11 +46,76 @@ void require_every_target(const AdapterConfig& adapter, const std::vector<std::s
   }
 }
 
-int64_t check_tokens(const std::string& path, int64_t vocab_size) {
+bool has_target(const Sample& sample, int64_t seq_len) {
+  const int64_t length = std::min(sample.loss_mask.numel(), seq_len);
+  return sample.loss_mask.narrow(0, 1, length - 1).any().item<bool>();
+}
+
+int64_t check_tokens(const std::string& path, int64_t vocab_size, int64_t seq_len) {
   if (path.empty()) return 0;
   const TokenFile file(path);
   file.validate(vocab_size);
-  return file.size();
+  for (int64_t i = 0; i < file.size(); ++i) {
+    if (has_target(file.read(i), seq_len)) return file.size();
+  }
+  throw InputError(
+      fmt::format("{}: no target is left once samples are cut to data.seq_len {}. Raise data.seq_len.", path, seq_len));
+}
+
+/// The run's adapter on the outline of its model; that of adapter.path with its tensors' names and shapes.
+AdapterConfig check_adapter_fits(const RunConfig& run, Model& model, const std::vector<std::string>& linears) {
+  std::optional<AdapterFile> file;
+  AdapterConfig adapter = run.adapter;
+  if (!adapter.path.empty()) {
+    file = read_adapter(adapter.path);
+    check_adapter(*file, adapter.path);
+    adapter = merge_with_file(adapter, run.adapter_keys, file->config, linears);
+  }
+  const auto method = make_method(adapter);
+  if (method->trains_base()) return adapter;
+  ParameterStore store;
+  register_parameters(*method, model, store, 0);
+  if (file) check_fits(*file, store);
+  return adapter;
+}
+
+void require_complete(const RunConfig& run) {
+  if (run.data.train.empty())
+    throw ConfigError(run.file + ": data.train: names no token file. Make one with data/prepare.");
+  if (run.output_dir.empty()) throw ConfigError(run.file + ": output_dir is missing.");
+  if (!run.train.max_steps && !run.train.num_train_epochs) {
+    throw ConfigError(run.file + ": train.max_steps or train.num_train_epochs is missing.");
+  }
+}
+
+/// Settings of this run that the run.yaml of another does not hold, for a message.
+std::string differing(const RunConfig& run, const std::string& other) {
+  std::vector<std::string> lines;
+  std::istringstream settings(run.result_settings());
+  for (std::string line; std::getline(settings, line);) {
+    if (other.find("\n" + line + "\n") == std::string::npos) lines.push_back(line.substr(line.find_first_not_of(' ')));
+  }
+  return lines.empty() ? "other data or another model" : fmt::format("now {}", fmt::join(lines, ", "));
+}
+
+/// The folder itself, or the one in which it would be made.
+void require_writable(const std::string& folder) {
+  fs::path place = fs::absolute(folder);
+  while (!fs::exists(place) && place.has_relative_path()) place = place.parent_path();
+  if (fs::is_directory(place) && ::access(place.c_str(), W_OK | X_OK) == 0) return;
+  throw StorageError(
+      fmt::format("output_dir: {}: {} is no folder that can be written. Choose another output_dir or change its "
+                  "permissions.",
+                  folder, place.string()));
+}
+
+void check_resume(const RunConfig& run, const RunIdentity& identity) {
+  std::vector<std::string> passed_over;
+  if (run.resume == "auto") {
+    newest_checkpoint(run.output_dir, identity.hash, passed_over);
+  } else if (run.resume != "never") {
+    require_checkpoint(run.resume, identity.hash);
+  }
 }
 
 }  // namespace
@@ -50,14 +123,15 @@ int64_t check_tokens(const std::string& path, int64_t vocab_size) {
 int64_t total_steps(const RunConfig& run, const TokenFile& data) {
   if (run.train.max_steps) return *run.train.max_steps;
   const Loader loader(data, run.loader_options(0, 1));
-  const double epochs = *run.train.num_train_epochs;
+  const auto epochs = static_cast<int64_t>(*run.train.num_train_epochs);
   int64_t steps = 0;
-  for (int64_t epoch = 0; epoch < static_cast<int64_t>(epochs); ++epoch) steps += loader.steps_in_epoch(epoch);
-  const double rest = epochs - std::floor(epochs);
-  if (rest > 0) {
-    const auto last = static_cast<double>(loader.steps_in_epoch(static_cast<int64_t>(epochs)));
-    steps += static_cast<int64_t>(std::ceil(rest * last));
+  if (run.data.packing) {
+    for (int64_t epoch = 0; epoch < epochs; ++epoch) steps += loader.steps_in_epoch(epoch);
+  } else {
+    steps = epochs * loader.steps_in_epoch(0);
   }
+  const double rest = *run.train.num_train_epochs - static_cast<double>(epochs);
+  if (rest > 0) steps += static_cast<int64_t>(std::ceil(rest * static_cast<double>(loader.steps_in_epoch(epochs))));
   return std::max<int64_t>(1, steps);
 }
 
@@ -74,24 +148,47 @@ CheckedInputs check_inputs(const RunConfig& run, int ranks) {
   std::vector<std::string> linears;
   for (const AdaptedLinear* linear : model->linears()) linears.push_back(linear->name());
   require_every_target(run.adapter, linears);
-  AdapterConfig adapter = run.adapter;
-  if (!adapter.path.empty()) {
-    adapter = merge_with_file(adapter, run.adapter_keys, read_adapter(adapter.path).config, linears);
-  }
+  AdapterConfig& adapter = result.adapter = check_adapter_fits(run, *model, linears);
+  require_every_entry(run.adapter, linears);
   if (!make_method(adapter)->trains_base()) result.targets = select_targets(adapter, linears);
-  result.train_samples = check_tokens(run.data.train, model->vocab_size());
+  result.train_samples = check_tokens(run.data.train, model->vocab_size(), run.data.seq_len);
   if (!run.data.train.empty() && (run.train.max_steps || run.train.num_train_epochs)) {
     adapter.adalora.total_step = total_steps(run, TokenFile(run.data.train));
     check_schedule(adapter);
   }
-  result.eval_samples = check_tokens(run.data.eval, model->vocab_size());
+  result.eval_samples = check_tokens(run.data.eval, model->vocab_size(), run.data.seq_len);
   return result;
 }
 
-void check_inputs_together(const RunConfig& run, const World& world) {
+CheckedInputs check_training(const RunConfig& run, int ranks) {
+  require_complete(run);
+  CheckedInputs result = check_inputs(run, ranks);
+  RunConfig merged = run;
+  merged.adapter = result.adapter;
+  require_writable(run.output_dir);
+  const RunIdentity identity = identity_of(merged, TokenFile(run.data.train));
+  check_output(merged, identity);
+  check_resume(run, identity);
+  return result;
+}
+
+void check_together(CheckedInputs (*check)(const RunConfig& run, int ranks), const RunConfig& run, const World& world) {
   Ledger ledger;
   const auto all = make_communicator("mpi", world, ledger);
-  on_rank_0(*all, [&] { check_inputs(run, world.size()); });
+  on_rank_0(*all, [&] { check(run, world.size()); });
+}
+
+std::string identity_line(const RunIdentity& identity) { return "# identity: " + identity.hash + "\n"; }
+
+void check_output(const RunConfig& run, const RunIdentity& identity) {
+  const std::string path = run.output_dir + "/run.yaml";
+  if (!fs::exists(path)) return;
+  const std::string other = read_file(path);
+  if (other.starts_with(identity_line(identity))) return;
+  throw ConfigError(
+      fmt::format("output_dir: {} holds another run ({}; its settings are in run.yaml). Choose another output_dir or "
+                  "remove it; to train on from its result, name that in adapter.path.",
+                  run.output_dir, differing(run, other)));
 }
 
 }  // namespace corank

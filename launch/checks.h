@@ -11,17 +11,26 @@ namespace corank {
 int64_t total_steps(const RunConfig& run, const TokenFile& data);
 
 struct CheckedInputs {
+  AdapterConfig adapter;  ///< merged with that of adapter.path
   int64_t train_samples = 0, eval_samples = 0;
   int64_t base_parameters = 0;
   std::vector<std::string> targets;  ///< modules the adapter sits on; empty for full fine-tuning
 };
 
-/// Every check that `train` makes before its first step, on one process and without reading weights: the architecture
-/// and its split over parallel.tensor, names and shapes of all tensors, targets, adapter.path, every token of the token
-/// files, the batch for `ranks` ranks. Throws the error that train would throw.
+/// What every command on a run checks, on one process and without reading weights: the architecture and its split over
+/// parallel.tensor, names and shapes of all tensors, targets, the adapter at adapter.path, every token of the token
+/// files, the batch for `ranks` ranks.
 CheckedInputs check_inputs(const RunConfig& run, int ranks);
-/// Collective over the world. The same on rank 0 for all: a refusal is every rank's refusal, before anything is
+/// Every check that `train` makes before its first step: check_inputs, the keys that only training needs, output_dir
+/// and the checkpoint that `resume` asks for. Throws the error that train would throw, and writes nothing.
+CheckedInputs check_training(const RunConfig& run, int ranks);
+/// Collective over the world. `check` on rank 0 for all: a refusal is every rank's refusal, before anything is
 /// allocated.
-void check_inputs_together(const RunConfig& run, const World& world);
+void check_together(CheckedInputs (*check)(const RunConfig& run, int ranks), const RunConfig& run, const World& world);
+
+/// ConfigError if output_dir holds another run than that of `identity`.
+void check_output(const RunConfig& run, const RunIdentity& identity);
+/// The first line of the run.yaml in output_dir.
+std::string identity_line(const RunIdentity& identity);
 
 }  // namespace corank

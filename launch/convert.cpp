@@ -30,6 +30,19 @@ void refuse_own_input(const Arguments& a) {
   }
 }
 
+/// Nothing of somebody else's is mixed with an adapter: the folder is new, empty, or an earlier adapter's.
+void refuse_foreign_folder(const std::string& folder) {
+  if (!fs::is_directory(folder) || fs::is_empty(folder) || fs::exists(fs::path(folder) / "adapter_config.json")) return;
+  throw ConfigError(fmt::format(
+      "--out: {} holds other files and no earlier adapter (adapter_config.json). Choose a new folder.", folder));
+}
+
+AdapterFile read_checked(const std::string& path) {
+  AdapterFile adapter = read_adapter(path);
+  check_adapter(adapter, path);
+  return adapter;
+}
+
 /// What was written: one JSON object, or a sentence.
 void report(const Arguments& a, const AdapterFile& adapter, const std::string& text) {
   const nlohmann::json object{{"path", a.output},
@@ -41,11 +54,12 @@ void report(const Arguments& a, const AdapterFile& adapter, const std::string& t
 
 int run_export(const Arguments& a) {
   refuse_own_input(a);
+  refuse_foreign_folder(a.output);
   std::string why;
   if (fs::exists(fs::path(a.input) / "manifest.json") && !verify_checkpoint(a.input, why)) {
     throw InputError(fmt::format("{}: not a complete checkpoint: {}.", a.input, why));
   }
-  const AdapterFile adapter = read_adapter(a.input);
+  const AdapterFile adapter = read_checked(a.input);
   write_peft_folder(a.output, adapter);
   const bool patterns = !adapter.config.rank_pattern.empty() || !adapter.config.alpha_pattern.empty();
   const char* consumers =
@@ -60,7 +74,7 @@ int run_export(const Arguments& a) {
 int run_import(const Arguments& a) {
   if (a.output.size() < 4 || !a.output.ends_with(".h5")) throw ConfigError("--out: give a file name that ends in .h5");
   refuse_own_input(a);
-  const AdapterFile adapter = read_adapter(a.input);
+  const AdapterFile adapter = read_checked(a.input);
   write_file_atomically(a.output, adapter_h5_image(adapter));
   report(a, adapter,
          fmt::format("{}: {} tensors, rank {}, alpha {}", a.output, adapter.tensors.size(), adapter.config.r,

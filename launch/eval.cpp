@@ -17,7 +17,7 @@ int run_eval(const CommandLine& line, const World& world) {
   share_cores(world);
   const RunConfig run = read_run(line.run_file, line.overrides);
   if (run.data.eval.empty()) throw ConfigError(run.file + ": data.eval: names no token file.");
-  check_inputs_together(run, world);
+  check_together(check_inputs, run, world);
   Session session(run, world);
   if (session.leader() && run.adapter.path.empty()) {
     fmt::print(stderr, "evaluating the base model: adapter.path names no adapter\n");

@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
@@ -94,12 +95,22 @@ ordered_json inspect_h5(const std::string& path) {
   return inspect_adapter(path);
 }
 
+bool is_hdf5(const std::string& path) {
+  std::string start(8, '\0');
+  if (fs::is_regular_file(path)) std::ifstream(path, std::ios::binary).read(start.data(), 8);
+  return start == "\x89HDF\r\n\x1a\n";
+}
+
 ordered_json inspect(const std::string& path) {
   if (!fs::exists(path)) throw MissingError(path + ": no such file or folder.");
   if (fs::exists(fs::path(path) / "manifest.json")) return inspect_checkpoint(path);
   if (fs::exists(fs::path(path) / "adapter_config.json")) return inspect_adapter(path);
   if (fs::exists(fs::path(path) / "run.yaml")) point_into_output(path);
-  return fs::is_directory(path) ? inspect_model(path) : inspect_h5(path);
+  if (fs::is_directory(path)) return inspect_model(path);
+  if (is_hdf5(path)) return inspect_h5(path);
+  throw InputError(path +
+                   ": is none of the things that inspect reads: a checkpoint, adapter or model folder, an adapter file "
+                   "or a token file (HDF5).");
 }
 
 void print_text(const ordered_json& result) {

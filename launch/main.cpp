@@ -51,6 +51,18 @@ void declare_all(CLI::App& app, Chosen& chosen) {
   }
 }
 
+/// Says what CLI11 would only call unexpected. Options in front are CLI11's.
+void refuse_unknown_command(int argc, char** argv) {
+  if (argc < 2 || argv[1][0] == '-') return;
+  std::vector<std::string> names;
+  for (const corank::Command& command : kCommands) {
+    names.emplace_back(command.name);
+    if (names.back().substr(0, names.back().find(' ')) == argv[1]) return;
+  }
+  throw corank::ConfigError(fmt::format("'{}' is no command. Commands are {}; `corank COMMAND --help` says more.",
+                                        argv[1], fmt::join(names, ", ")));
+}
+
 int run(Chosen& chosen, int* argc, char*** argv) {
   if (!chosen.command->uses_ranks) return chosen.run(nullptr);
   chosen.among_peers = corank::started_by_mpi();
@@ -81,7 +93,10 @@ int main(int argc, char** argv) {
   Chosen chosen;
   declare_all(app, chosen);
   try {
+    refuse_unknown_command(argc, argv);
     app.parse(argc, argv);
+  } catch (const corank::Error& e) {
+    end(chosen, e.code(), e.what());
   } catch (const CLI::ParseError& e) {
     const int code = app.exit(e);
     return code == 0 ? 0 : static_cast<int>(corank::ExitCode::usage);

@@ -6,6 +6,7 @@
 
 #include "comm/backends.h"
 #include "configs/reader.h"
+#include "data/file.h"
 #include "trainer/adapter/methods.h"
 
 namespace corank {
@@ -34,6 +35,12 @@ const std::vector<std::string> kAdapterKeys{"method",
                                             "loraplus_lr_ratio",
                                             "modules_to_save"};
 
+// Far beyond any use: what is larger is a typing error, and would only show once the memory is full.
+constexpr int64_t kMaxBatchSize = 1'000'000;
+constexpr int64_t kMaxSeqLen = int64_t{1} << 20;
+constexpr double kMaxEpochs = 1e6;
+constexpr double kMaxPackedEpochs = 1e4;  // packing makes epochs differ in length: each is counted
+
 int64_t positive(const Section& section, const std::string& key, int64_t value) {
   if (value <= 0) section.fail(key, fmt::format("{} is not positive", value));
   return value;
@@ -44,7 +51,8 @@ int64_t not_negative(const Section& section, const std::string& key, int64_t val
   return value;
 }
 
-double within(const Section& section, const std::string& key, double value, double low, double high) {
+template <class T>
+T within(const Section& section, const std::string& key, T value, T low, T high) {
   if (!(value >= low && value <= high)) section.fail(key, fmt::format("{} is not in [{}, {}]", value, low, high));
   return value;
 }
@@ -65,7 +73,7 @@ void read_model(const Section& s, ModelOptions& m) {
 void read_data(const Section& s, DataConfig& d) {
   d.train = s.get<std::string>("train", "");
   d.eval = s.get<std::string>("eval", "");
-  d.seq_len = positive(s, "seq_len", s.get<int64_t>("seq_len", d.seq_len));
+  d.seq_len = within<int64_t>(s, "seq_len", s.get<int64_t>("seq_len", d.seq_len), 2, kMaxSeqLen);
   d.packing = s.get<bool>("packing", d.packing);
   d.shuffle = s.get<bool>("shuffle", d.shuffle);
 }
@@ -89,26 +97,43 @@ void read_steps(const Section& s, TrainConfig& t) {
   t.num_train_epochs = s.get_optional<double>("num_train_epochs");
   if (t.max_steps) positive(s, "max_steps", *t.max_steps);
   if (t.num_train_epochs && !(*t.num_train_epochs > 0)) s.fail("num_train_epochs", "not positive");
+  if (t.num_train_epochs) within<double>(s, "num_train_epochs", *t.num_train_epochs, 0, kMaxEpochs);
   if (t.max_steps && t.num_train_epochs) s.fail("max_steps", "contradicts num_train_epochs; give one of them");
   t.warmup_steps = s.get_optional<int64_t>("warmup_steps");
   t.warmup_ratio = s.get_optional<double>("warmup_ratio");
   if (t.warmup_steps) not_negative(s, "warmup_steps", *t.warmup_steps);
-  if (t.warmup_ratio) within(s, "warmup_ratio", *t.warmup_ratio, 0, 1);
+  if (t.warmup_ratio) within<double>(s, "warmup_ratio", *t.warmup_ratio, 0, 1);
   if (t.warmup_steps && t.warmup_ratio) s.fail("warmup_steps", "contradicts warmup_ratio; give one of them");
+}
+
+int64_t read_batch_size(const Section& s, const std::string& key, int64_t default_value) {
+  return within<int64_t>(s, key, s.get<int64_t>(key, default_value), 1, kMaxBatchSize);
+}
+
+double read_number(const Section& s, const std::string& key, double default_value, double low, double high) {
+  return within(s, key, s.get<double>(key, default_value), low, high);
+}
+
+void read_optimizer(const Section& s, OptimizerOptions& o) {
+  o.weight_decay = read_number(s, "weight_decay", 0, 0, 1e6);
+  o.adamw.beta1 = read_number(s, "adam_beta1", o.adamw.beta1, 0, 1);
+  o.adamw.beta2 = read_number(s, "adam_beta2", o.adamw.beta2, 0, 1);
+  o.adamw.epsilon = read_number(s, "adam_epsilon", o.adamw.epsilon, 0, 1);
+  // Each would divide by zero.
+  if (o.adamw.beta1 == 1) s.fail("adam_beta1", "1 is not below 1");
+  if (o.adamw.beta2 == 1) s.fail("adam_beta2", "1 is not below 1");
+  if (static_cast<float>(o.adamw.epsilon) == 0)
+    s.fail("adam_epsilon", fmt::format("{} is not above 0 in float32", o.adamw.epsilon));
 }
 
 void read_train(const Section& s, TrainConfig& t, ModelOptions& model) {
   read_steps(s, t);
-  t.global_batch_size = positive(s, "global_batch_size", s.get<int64_t>("global_batch_size", t.global_batch_size));
-  t.micro_batch_size = positive(s, "micro_batch_size", s.get<int64_t>("micro_batch_size", t.micro_batch_size));
-  t.learning_rate = within(s, "learning_rate", s.get<double>("learning_rate", t.learning_rate), 0, 1e6);
+  t.global_batch_size = read_batch_size(s, "global_batch_size", t.global_batch_size);
+  t.micro_batch_size = read_batch_size(s, "micro_batch_size", t.micro_batch_size);
+  t.learning_rate = read_number(s, "learning_rate", t.learning_rate, 0, 1e6);
   t.lr_scheduler_type = s.get_choice("lr_scheduler_type", t.lr_scheduler_type, {"constant", "linear", "cosine"});
-  t.optimizer.weight_decay = within(s, "weight_decay", s.get<double>("weight_decay", 0.0), 0, 1e6);
-  ops::AdamW& adamw = t.optimizer.adamw;
-  adamw.beta1 = within(s, "adam_beta1", s.get<double>("adam_beta1", adamw.beta1), 0, 1);
-  adamw.beta2 = within(s, "adam_beta2", s.get<double>("adam_beta2", adamw.beta2), 0, 1);
-  adamw.epsilon = within(s, "adam_epsilon", s.get<double>("adam_epsilon", adamw.epsilon), 0, 1);
-  t.max_grad_norm = within(s, "max_grad_norm", s.get<double>("max_grad_norm", t.max_grad_norm), 0, 1e30);
+  read_optimizer(s, t.optimizer);
+  t.max_grad_norm = read_number(s, "max_grad_norm", t.max_grad_norm, 0, 1e30);
   t.seed = not_negative(s, "seed", s.get<int64_t>("seed", t.seed));
   model.checkpointing = checkpointing_of(s.get_choice("activation_checkpointing", "none", {"none", "mlp", "full"}));
   if (s.get<bool>("reproducible", false)) {
@@ -223,6 +248,10 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   read_data(file.section("data"), run.data);
   read_parallel(file.section("parallel"), run.parallel);
   read_train(file.section("train"), run.train, run.model);
+  if (run.data.packing && run.train.num_train_epochs.value_or(0) > kMaxPackedEpochs) {
+    file.section("train").fail("num_train_epochs", fmt::format("{} is more than the {} that data.packing allows",
+                                                               *run.train.num_train_epochs, kMaxPackedEpochs));
+  }
   run.output_dir = file.get<std::string>("output_dir", "");
   run.logging_steps = positive(file, "logging_steps", file.get<int64_t>("logging_steps", 1));
   run.eval_steps = not_negative(file, "eval_steps", file.get<int64_t>("eval_steps", 0));
@@ -234,6 +263,11 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   run.model.max_positions = run.data.seq_len;
   run.model.seed = static_cast<uint64_t>(run.train.seed);
   return run;
+}
+
+RunIdentity identity_of(const RunConfig& run, const TokenFile& data) {
+  const std::string settings = run.result_settings() + data.fingerprint() + model_config_json(run.model);
+  return {sha256(settings), run.adapter, run.model.path.empty() ? run.model.shape : run.model.path};
 }
 
 LoaderOptions RunConfig::loader_options(int dp_rank, int dp_size) const {

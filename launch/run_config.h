@@ -5,6 +5,7 @@
 
 #include "data/loader.h"
 #include "trainer/adapter/config.h"
+#include "trainer/checkpoint.h"
 #include "trainer/model/families.h"
 #include "trainer/optimizer.h"
 #include "trainer/schedule.h"
@@ -61,6 +62,9 @@ struct RunConfig {
   /// in it.
   std::string result_settings() const;
 };
+
+/// What checkpoints of `run`, its adapter merged with adapter.path, on `data` belong to.
+RunIdentity identity_of(const RunConfig& run, const TokenFile& data);
 
 /// Reads a run file with overrides. ConfigError with file, line and key.
 RunConfig read_run(const std::string& path, const std::vector<std::string>& overrides);

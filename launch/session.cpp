@@ -35,16 +35,12 @@ Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh
   std::optional<AdapterFile> file;
   if (!run_.adapter.path.empty()) {
     file = read_adapter(run_.adapter.path);
+    check_adapter(*file, run_.adapter.path);
     run_.adapter = merge_with_file(run_.adapter, run_.adapter_keys, file->config, linear_names(*model_));
   }
   method_ = make_method(run_.adapter);
   start_method(*method_, *model_, store_, *mesh_, run_.model.dtype, static_cast<uint64_t>(run_.train.seed),
                file ? &*file : nullptr);
-}
-
-RunIdentity Session::identity(const TokenFile& data) const {
-  const std::string settings = run_.result_settings() + data.fingerprint() + model_config_json(run_.model);
-  return {sha256(settings), run_.adapter, run_.model.path.empty() ? run_.model.shape : run_.model.path};
 }
 
 int share_cores(const World& world) {

@@ -27,8 +27,6 @@ class Session {
   AdapterMethod& method() { return *method_; }
   ParameterStore& store() { return store_; }
   bool leader() const { return mesh_->world().rank() == 0; }
-  /// What checkpoints of this run on `data` belong to.
-  RunIdentity identity(const TokenFile& data) const;
 
  private:
   RunConfig run_;

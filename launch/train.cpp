@@ -1,9 +1,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
-#include <filesystem>
 #include <nlohmann/json.hpp>
-#include <sstream>
 
 #include "data/file.h"
 #include "launch/bytes_table.h"
@@ -19,59 +17,32 @@
 namespace corank {
 namespace {
 
-namespace fs = std::filesystem;
-
-void require_complete(const RunConfig& run) {
-  if (run.data.train.empty())
-    throw ConfigError(run.file + ": data.train: names no token file. Make one with data/prepare.");
-  if (run.output_dir.empty()) throw ConfigError(run.file + ": output_dir is missing.");
-  if (!run.train.max_steps && !run.train.num_train_epochs) {
-    throw ConfigError(run.file + ": train.max_steps or train.num_train_epochs is missing.");
-  }
-}
-
 /// Where to start: the checkpoint that `resume` asks for, or step 0.
 TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Console& console) {
   if (run.resume == "never") return {};
   const auto path = run.resume == "auto" ? checkpoints.newest() : std::optional(run.resume);
-  if (!path) return {};
   for (const std::string& damaged : checkpoints.passed_over()) console.say("passed over " + damaged);
+  if (!path && !checkpoints.passed_over().empty()) console.say("no checkpoint was ever completed: starting at step 0");
+  if (!path) return {};
   const TrainingState state = checkpoints.load(*path);
   console.say(fmt::format("resuming from {} after step {}", *path, state.step));
   return state;
 }
 
-/// Settings of this run that the run.yaml of another does not hold, for a message.
-std::string differing(const RunConfig& run, const std::string& other) {
-  std::vector<std::string> lines;
-  std::istringstream settings(run.result_settings());
-  for (std::string line; std::getline(settings, line);) {
-    if (other.find("\n" + line + "\n") == std::string::npos) lines.push_back(line.substr(line.find_first_not_of(' ')));
-  }
-  return lines.empty() ? "other data or another model" : fmt::format("now {}", fmt::join(lines, ", "));
-}
-
 /// Claims output_dir for this run: refuses one that holds another run or that another process is using, and leaves
 /// run.yaml.
 std::unique_ptr<FolderLock> claim_output(const RunConfig& run, const RunIdentity& identity) {
-  const std::string path = run.output_dir + "/run.yaml", mark = "# identity: " + identity.hash + "\n";
-  const std::string other = fs::exists(path) ? read_file(path) : mark;
-  if (!other.starts_with(mark)) {
-    throw ConfigError(
-        fmt::format("output_dir: {} holds another run ({}; its settings are in run.yaml). Choose another output_dir or "
-                    "remove it; to train on from its result, name that in adapter.path.",
-                    run.output_dir, differing(run, other)));
-  }
+  check_output(run, identity);
   make_folders(run.output_dir);
   auto lock = std::make_unique<FolderLock>(run.output_dir);
-  write_file_atomically(path, mark + run.yaml());
+  write_file_atomically(run.output_dir + "/run.yaml", identity_line(identity) + run.yaml());
   return lock;
 }
 
 struct Outcome {
-  TrainingState state;
+  TrainingState start, state;
   int64_t total = 0;
-  std::map<Purpose, int64_t> bytes_per_step;  ///< counted on this rank, mean of this start's steps
+  std::map<Purpose, int64_t> bytes_per_step;  ///< counted on this rank, mean of this start's steps; empty without one
 };
 
 Outcome train(Session& session, const TokenFile& data, const World& world, Console& console, int threads) {
@@ -80,7 +51,7 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
   Optimizer optimizer(session.store(), run.train.optimizer);
   GradReducer reducer(mesh, session.store().gradients_of(GradientScope::everywhere),
                       session.store().gradients_of(GradientScope::data), session.method().gradient_purpose());
-  const RunIdentity identity = session.identity(data);
+  const RunIdentity identity = identity_of(run, data);
   std::unique_ptr<FolderLock> lock;  // rank 0's
   on_rank_0(mesh.world(), [&] { lock = claim_output(run, identity); });
   Checkpoints checkpoints(run.output_dir, identity, run.save_total_limit, mesh, session.store(), optimizer,
@@ -112,11 +83,13 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
                   {run.schedule(total), run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed),
                    run.logging_steps, run.eval_steps, run.save_steps});
   const Ledger::Snapshot before = session.ledger().snapshot();
-  Outcome outcome{trainer.run(start, stop_requested), total, {}};
-  const int64_t steps = std::max<int64_t>(1, outcome.state.step - start.step);
+  watch_signals();  // until here a signal ends the process: there is nothing to save
+  Outcome outcome{start, trainer.run(start, stop_requested), total, {}};
+  const int64_t steps = outcome.state.step - start.step;
   for (const Purpose purpose : kStepPurposes) {
     const auto i = static_cast<size_t>(purpose);
-    outcome.bytes_per_step[purpose] = (session.ledger().snapshot()[i].payload_bytes - before[i].payload_bytes) / steps;
+    const int64_t bytes = session.ledger().snapshot()[i].payload_bytes - before[i].payload_bytes;
+    if (steps > 0) outcome.bytes_per_step[purpose] = bytes / steps;
   }
   if (outcome.state.step == total) write_result(session, identity);
   return outcome;
@@ -125,9 +98,7 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
 int run_train(const CommandLine& line, const World& world) {
   const int threads = share_cores(world);
   RunConfig run = read_run(line.run_file, line.overrides);
-  require_complete(run);
-  check_inputs_together(run, world);
-  watch_signals();
+  check_together(check_training, run, world);
   const TokenFile data(run.data.train);
   run.adapter.adalora.total_step = total_steps(run, data);
   Session session(run, world);
@@ -138,6 +109,8 @@ int run_train(const CommandLine& line, const World& world) {
         fmt::format("stopped after step {} and saved: start the same command again to go on", outcome.state.step));
     return static_cast<int>(ExitCode::stopped);
   }
+  if (outcome.start.step == outcome.total)
+    console.say(fmt::format("already complete after step {}: nothing was left to train", outcome.total));
   console.say(closing_text(session, outcome.bytes_per_step));
   if (line.json && session.leader()) {
     fmt::print("{}\n", nlohmann::json{{"steps", outcome.total}, {"result", result_path(session)}}.dump());

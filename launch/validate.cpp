@@ -17,7 +17,7 @@ struct Arguments : CommandLine {
 int run_validate(const Arguments& a) {
   const RunConfig run = read_run(a.run_file, a.overrides);
   const int ranks = a.ranks > 0 ? a.ranks : static_cast<int>(run.parallel.tensor);
-  const CheckedInputs inputs = check_inputs(run, ranks);
+  const CheckedInputs inputs = check_training(run, ranks);
   if (a.json) {
     fmt::print("{}\n", nlohmann::json{{"valid", true},
                                       {"train_samples", inputs.train_samples},

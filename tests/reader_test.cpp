@@ -259,6 +259,19 @@ TEST(Reader, OverridesAreCheckedLikeTheFile) {
   EXPECT_EQ(config_error([&] { run.done(); }), "command line: train.sed: unknown key; did you mean 'seed'?");
 }
 
+TEST(Reader, OverridesAreReadAsAWholeOrRefused) {
+  for (const char* bad :
+       {"out=run #2", "out=\"run\" #2", "out=a: b", "out=#2", "out=[a] # b", "out=- a", "out=null # x"}) {
+    const std::string text = config_error([&] { Section::parse("out: x\n", "run.yaml", {bad}); });
+    EXPECT_NE(text.find("put quotes around the value"), std::string::npos) << text;
+  }
+  const auto value = [](const char* text) { return Section::parse("", "run.yaml", {text}).get<std::string>("out"); };
+  EXPECT_EQ(value("out=\"run #2\""), "run #2");
+  EXPECT_EQ(value("out='a: b'"), "a: b");
+  EXPECT_EQ(value("out=run#2"), "run#2");
+  EXPECT_EQ(value("out= a:b "), "a:b");
+}
+
 TEST(Reader, WhereAndFail) {
   const Section run = Section::parse("a: 1\ntrain:\n  seed: 1\n", "run.yaml");
   EXPECT_EQ(run.where("a"), "run.yaml:1: a");

@@ -115,36 +115,14 @@ void Checkpoints::write(const std::string& path, const TrainingState& state, con
 
 std::optional<std::string> Checkpoints::newest() {
   std::string found;
-  on_rank_0(mesh_.world(), [&] {
-    for (const int64_t step : checkpoint_steps(folder_)) {
-      std::string why;
-      const auto manifest = verify_checkpoint(path_of(folder_, step), why);
-      if (!manifest) {
-        passed_over_.push_back(fmt::format("{}: {}", path_of(folder_, step), why));
-        continue;
-      }
-      if (manifest->identity != identity_.hash) {
-        throw ConfigError(
-            fmt::format("output_dir: {} belongs to another run (its checkpoints were made with other settings or "
-                        "data). Choose another output_dir, or resume: never after moving it away.",
-                        folder_));
-      }
-      found = path_of(folder_, step);
-      return;
-    }
-  });
+  on_rank_0(mesh_.world(),
+            [&] { found = newest_checkpoint(folder_, identity_.hash, passed_over_).value_or(std::string()); });
   found = broadcast_text(mesh_.world(), found);
   return found.empty() ? std::nullopt : std::optional(found);
 }
 
 TrainingState Checkpoints::load(const std::string& path) {
-  if (!fs::exists(path)) throw MissingError(path + ": no such checkpoint.");
-  std::string why;
-  const auto manifest = verify_checkpoint(path, why);
-  if (!manifest) throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));
-  if (manifest->identity != identity_.hash) {
-    throw ConfigError(fmt::format("resume: {} was made by another run (other settings or data).", path));
-  }
+  require_checkpoint(path, identity_.hash);
   const h5::Reader adapter(path + "/adapter.h5");
   for (const auto& p : store_.parameters()) store_.load(p.spec.name, adapter.read(p.spec.name));
   store_.refresh();
@@ -181,6 +159,41 @@ std::optional<Manifest> verify_checkpoint(const std::string& path, std::string& 
   } catch (const json::exception&) {
     why = "manifest.json is damaged";
     return std::nullopt;
+  }
+}
+
+std::optional<std::string> newest_checkpoint(const std::string& folder, const std::string& identity,
+                                             std::vector<std::string>& passed_over) {
+  bool any_completed = false;
+  for (const int64_t step : checkpoint_steps(folder)) {
+    const std::string path = path_of(folder, step);
+    std::string why;
+    if (const auto manifest = verify_checkpoint(path, why)) {
+      if (manifest->identity == identity) return path;
+      throw ConfigError(
+          fmt::format("output_dir: {} belongs to another run (its checkpoints were made with other settings or data). "
+                      "Choose another output_dir, or resume: never after moving it away.",
+                      folder));
+    }
+    any_completed |= fs::exists(path + "/manifest.json");
+    passed_over.push_back(fmt::format("{}: {}", path, why));
+  }
+  if (!any_completed) return std::nullopt;
+  throw InputError(
+      fmt::format("output_dir: no checkpoint of {} can be used ({}). Restore one of them, or remove them to start over "
+                  "at step 0.",
+                  folder, fmt::join(passed_over, "; ")));
+}
+
+void require_checkpoint(const std::string& path, const std::string& identity) {
+  if (!fs::exists(path)) {
+    throw MissingError(fmt::format("resume: {} does not exist. Name a checkpoint folder, auto or never.", path));
+  }
+  std::string why;
+  const auto manifest = verify_checkpoint(path, why);
+  if (!manifest) throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));
+  if (manifest->identity != identity) {
+    throw ConfigError(fmt::format("resume: {} was made by another run (other settings or data).", path));
   }
 }
 

@@ -36,10 +36,9 @@ class Checkpoints {
   /// Collective over the world; rank 0 writes and reads back. Afterwards the oldest beyond `keep` are removed. Throws
   /// StorageError on every rank if rank 0 could not write.
   void save(const TrainingState& state);
-  /// Collective over the world. The newest checkpoint of output_dir whose manifest and hashes verify, agreed by all
-  /// ranks. ConfigError if it belongs to another run.
+  /// Collective over the world. newest_checkpoint() of output_dir, agreed by all ranks.
   std::optional<std::string> newest();
-  /// Newer folders that newest() could not use, with the reason; known on rank 0.
+  /// Folders that newest() could not use, with the reason; known on rank 0.
   const std::vector<std::string>& passed_over() const { return passed_over_; }
   /// Collective over the world. Loads parameters, moments and the method's state from the folder, and begins the method
   /// anew. InputError or ConfigError (another run).
@@ -68,6 +67,14 @@ struct Manifest {
   std::string identity;
 };
 std::optional<Manifest> verify_checkpoint(const std::string& path, std::string& why);
+
+/// The newest checkpoint of `folder` whose manifest and hashes verify; newer ones are put into `passed_over` with the
+/// reason. ConfigError if it belongs to another run. InputError if there are checkpoints and all are damaged; what a
+/// kill during a first save left, folders without a manifest, is passed over.
+std::optional<std::string> newest_checkpoint(const std::string& folder, const std::string& identity,
+                                             std::vector<std::string>& passed_over);
+/// The checkpoint at `path` as the run `identity` may resume it: MissingError, InputError or ConfigError otherwise.
+void require_checkpoint(const std::string& path, const std::string& identity);
 
 /// Collective over tp (full tensors of all parameters), for export.
 AdapterFile collect_adapter(const ParameterStore& store, const AdapterMethod& method, const RunIdentity& identity,

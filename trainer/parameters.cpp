@@ -118,14 +118,17 @@ void ParameterStore::refresh() {
   if (!compute_.is_same(masters_)) compute_.copy_(masters_);
 }
 
+void require_shape(const ParameterSpec& spec, const at::Tensor& full) {
+  if (full.sizes() == at::IntArrayRef(spec.shape)) return;
+  throw InputError(
+      fmt::format("tensor {}: the file has shape [{}], the run needs [{}]. Load it with the rank, targets "
+                  "and base model it was trained with.",
+                  spec.name, fmt::join(full.sizes(), ", "), fmt::join(spec.shape, ", ")));
+}
+
 void ParameterStore::load(const std::string& name, const at::Tensor& full) {
   const Parameter& p = at(name);
-  if (full.sizes() != at::IntArrayRef(p.spec.shape)) {
-    throw InputError(
-        fmt::format("tensor {}: the file has shape [{}], the run needs [{}]. Load it with the rank, targets "
-                    "and base model it was trained with.",
-                    name, fmt::join(full.sizes(), ", "), fmt::join(p.spec.shape, ", ")));
-  }
+  require_shape(p.spec, full);
   p.master.copy_(take_shard(full, p.spec.shard));
 }
 

@@ -50,6 +50,9 @@ struct ParameterSpec {
   std::function<void(const ops::Weight& weight)> bind;      ///< hands the allocated tensors to their user
 };
 
+/// InputError unless `full` has the parameter's full shape.
+void require_shape(const ParameterSpec& spec, const at::Tensor& full);
+
 /// Everything that trains, in one flat buffer: masters (float32), gradients, and copies in the compute dtype where it
 /// differs. Order: scope everywhere first, then data, each in order of add(); so the gradients of one scope are one
 /// tensor.

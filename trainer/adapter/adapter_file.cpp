@@ -86,6 +86,28 @@ AdapterFile read_h5(const std::string& path) {
   return adapter;
 }
 
+/// The tensors of one module by the end of their name, with their shapes; -1 where any size will do.
+std::vector<std::pair<std::string, std::vector<int64_t>>> parts_of(const AdapterConfig& config,
+                                                                   const std::string& module) {
+  const int64_t r = config.rank_of(module);
+  if (config.method == "mora") return {{".lora_A.weight", {-1, -1}}};
+  if (config.method == "adalora") return {{".lora_A", {r, -1}}, {".lora_B", {-1, r}}, {".lora_E", {r, 1}}};
+  if (config.method == "dora")
+    return {{".lora_A.weight", {r, -1}}, {".lora_B.weight", {-1, r}}, {".lora_magnitude_vector", {-1}}};
+  return {{".lora_A.weight", {r, -1}}, {".lora_B.weight", {-1, r}}};
+}
+
+bool has_shape(const at::Tensor& tensor, const std::vector<int64_t>& shape) {
+  const auto fits = [](int64_t size, int64_t wanted) { return wanted == -1 ? size > 0 : size == wanted; };
+  return std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end(), fits);
+}
+
+/// True for base_model.model.<path>.<module>.<parameter>.
+bool is_of_module(const std::string& tensor, const std::string& module) {
+  const std::string path = tensor.substr(0, tensor.rfind('.'));
+  return path.ends_with("." + module);
+}
+
 std::string model_card(const AdapterFile& adapter) {
   return fmt::format(
       "---\nbase_model: {0}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n"
@@ -107,24 +129,60 @@ AdapterFile read_adapter(const std::string& path) {
                   path));
 }
 
-void load_tensors(const AdapterFile& adapter, ParameterStore& store) {
-  std::set<std::string> expected;
-  for (const auto& p : store.parameters()) expected.insert(p.spec.name);
+void check_adapter(const AdapterFile& adapter, const std::string& origin) {
+  std::map<std::string, at::Tensor> tensors(adapter.tensors.begin(), adapter.tensors.end());
+  const auto refuse = [&](const std::string& what) {
+    throw InputError(fmt::format("{}: {}. The adapter is damaged or not complete; make it again.", origin, what));
+  };
+  if (tensors.empty()) refuse("holds no tensor");
+  for (const auto& [name, tensor] : tensors) {
+    if (!at::isfinite(tensor).all().item<bool>()) refuse(fmt::format("tensor {} holds NaN or infinite values", name));
+  }
+  const std::vector<std::string> modules = adapted_modules(adapter);
+  if (modules.empty()) refuse("holds tensors of no adapted module");
+  for (const std::string& module : modules) {
+    for (const auto& [suffix, shape] : parts_of(adapter.config, module)) {
+      const auto found = tensors.find(kPrefix + module + suffix);
+      if (found == tensors.end()) refuse(fmt::format("tensor {}{}{} is missing", kPrefix, module, suffix));
+      if (!has_shape(found->second, shape)) {
+        refuse(fmt::format("tensor {} has shape [{}], its config asks for [{}] (-1: any)", found->first,
+                           fmt::join(found->second.sizes(), ", "), fmt::join(shape, ", ")));
+      }
+      tensors.erase(found);
+    }
+  }
+  for (const std::string& saved : adapter.config.modules_to_save) {
+    if (std::erase_if(tensors, [&](const auto& entry) { return is_of_module(entry.first, saved); }) == 0)
+      refuse(fmt::format("the tensor of modules_to_save entry {} is missing", saved));
+  }
+  if (!tensors.empty()) refuse(fmt::format("tensor {} is none that its config describes", tensors.begin()->first));
+}
+
+void check_fits(const AdapterFile& adapter, const ParameterStore& store) {
+  std::map<std::string, const ParameterSpec*> expected;
+  for (const auto& p : store.parameters()) expected.emplace(p.spec.name, &p.spec);
   for (const auto& [name, tensor] : adapter.tensors) {
-    if (!expected.erase(name)) {
+    const auto found = expected.find(name);
+    if (found == expected.end()) {
       throw InputError(
           fmt::format("the adapter holds tensor {}, which the run has no place for. Its targets or its base model "
                       "are not the run's.",
                       name));
     }
-    store.load(name, tensor);
+    require_shape(*found->second, tensor);
+    expected.erase(found);
   }
   if (!expected.empty()) {
     throw InputError(
         fmt::format("the adapter lacks {} tensors of the run, the first is {}. Its targets or its base model are "
                     "not the run's.",
-                    expected.size(), *expected.begin()));
+                    expected.size(), expected.begin()->first));
   }
+}
+
+void load_tensors(const AdapterFile& adapter, ParameterStore& store) {
+  check_fits(adapter, store);
+  for (const auto& [name, tensor] : adapter.tensors) store.load(name, tensor);
   store.refresh();
 }
 

@@ -26,8 +26,14 @@ void write_peft_folder(const std::string& folder, AdapterFile adapter);
 /// The image of adapter.h5.
 std::string adapter_h5_image(const AdapterFile& adapter);
 
-/// Overwrites every parameter of the store with the file's tensor of its name. InputError naming what is missing in the
-/// file or unknown to the run.
+/// InputError, naming `origin` and the tensor, unless the tensors are those that the adapter's own config describes,
+/// complete and finite.
+void check_adapter(const AdapterFile& adapter, const std::string& origin);
+
+/// InputError naming what is missing in the file, unknown to the run (whose parameters need no memory yet) or of
+/// another shape.
+void check_fits(const AdapterFile& adapter, const ParameterStore& store);
+/// Overwrites every parameter of the store with the file's tensor of its name, after check_fits.
 void load_tensors(const AdapterFile& adapter, ParameterStore& store);
 
 /// Modules that the tensor names belong to, in order of appearance.

@@ -21,11 +21,16 @@ bool full_match(const std::string& expression, const std::string& text) {
   }
 }
 
-/// PEFT's rule for rank_pattern and alpha_pattern: (.*\.)?(KEY)$ from the start of the name, first match in file order.
+/// PEFT's rule for keys of rank_pattern and alpha_pattern: (.*\.)?(KEY)$ from the start of the name.
+bool key_matches(const std::string& key, const std::string& module) {
+  return full_match("(.*\\.)?(" + key + ")", module);
+}
+
+/// The first match in file order.
 std::optional<double> first_match(const std::vector<std::pair<std::string, double>>& patterns,
                                   const std::string& module) {
   for (const auto& [key, value] : patterns) {
-    if (full_match("(.*\\.)?(" + key + ")", module)) return value;
+    if (key_matches(key, module)) return value;
   }
   return std::nullopt;
 }
@@ -80,18 +85,51 @@ AdaLoraConfig read_adalora(const Section& section) {
   return c;
 }
 
-void check_adalora(const AdaLoraConfig& c, const std::string& where) {
-  const auto require = [&](bool good, const char* key, auto value, const char* wanted) {
-    if (!good) throw ConfigError(fmt::format("{}.{}: {} is not {}", where, key, value, wanted));
-  };
-  require(c.init_r > 0, "init_r", c.init_r, "a positive rank");
+// More than any linear has features worth a rank, and small enough that no size computed from it overflows.
+constexpr int64_t kMaxRank = 16384;
+constexpr double kMaxNumber = 1e30;  // float32 holds it, and products with learning rates
+
+using Fail = std::function<void(const std::string& key, const std::string& message)>;
+
+/// Throws through `fail` unless `good`.
+struct Require {
+  const Fail& fail;
+  template <class T>
+  void operator()(bool good, const std::string& key, T value, const char* wanted) const {
+    if (!good) fail(key, fmt::format("{} is not {}", value, wanted));
+  }
+};
+
+bool is_rank(double r) { return r >= 1 && r <= kMaxRank && r == std::floor(r); }
+bool is_scale(double value) { return value > 0 && value <= kMaxNumber; }
+const std::string kRank = fmt::format("a rank in [1, {}]", kMaxRank);
+const std::string kScale = fmt::format("above 0 and at most {}", kMaxNumber);
+
+void check_adalora(const AdaLoraConfig& c, const Require& require) {
+  require(is_rank(static_cast<double>(c.init_r)), "init_r", c.init_r, kRank.c_str());
   require(c.target_r >= 0 && c.target_r <= c.init_r, "target_r", c.target_r, "in [0, init_r]");
   require(c.tinit >= 0, "tinit", c.tinit, "a number of steps");
   require(c.tfinal >= 0, "tfinal", c.tfinal, "a number of steps");
   require(c.deltaT > 0, "deltaT", c.deltaT, "a positive number of steps");
   require(c.beta1 > 0 && c.beta1 < 1, "beta1", c.beta1, "in (0, 1)");
   require(c.beta2 > 0 && c.beta2 < 1, "beta2", c.beta2, "in (0, 1)");
-  require(c.orth_reg_weight >= 0, "orth_reg_weight", c.orth_reg_weight, "a weight of at least 0");
+  require(c.orth_reg_weight >= 0 && c.orth_reg_weight <= kMaxNumber, "orth_reg_weight", c.orth_reg_weight,
+          "a weight of at least 0");
+}
+
+void check_expression(const std::string& expression, const std::string& key, const Fail& fail) {
+  try {
+    const std::regex whole(expression);
+  } catch (const std::regex_error& e) {
+    fail(key, fmt::format("'{}' is not a regular expression: {}", expression, e.what()));
+  }
+}
+
+void check_expressions(const AdapterConfig& c, const Fail& fail) {
+  check_expression(c.target_modules.expression, "target_modules", fail);
+  check_expression(c.exclude_modules.expression, "exclude_modules", fail);
+  for (const auto& entry : c.rank_pattern) check_expression(entry.first, "rank_pattern", fail);
+  for (const auto& entry : c.alpha_pattern) check_expression(entry.first, "alpha_pattern", fail);
 }
 
 bool is_all_linear(std::string text) {
@@ -179,26 +217,53 @@ AdapterConfig read_adapter_config(const Section& section) {
   c.modules_to_save = section.get<std::vector<std::string>>("modules_to_save", {});
   c.path = section.get<std::string>("path", "");
   require_keys_of_method(section, c);
-  check(c, section.where());
+  check(c, [&](const std::string& key, const std::string& message) { section.fail(key, message); });
   return c;
 }
 
-void check(const AdapterConfig& c, const std::string& where) {
-  const auto fail = [&](const std::string& what) { throw ConfigError(where + what); };
-  if (c.r <= 0) fail(fmt::format(".r: {} is not a positive rank", c.r));
-  if (!(c.lora_alpha > 0)) fail(fmt::format(".lora_alpha: {} is not positive", c.lora_alpha));
-  if (!(c.lora_dropout >= 0 && c.lora_dropout < 1))
-    fail(fmt::format(".lora_dropout: {} is not in [0, 1)", c.lora_dropout));
-  if (c.pissa_niter && *c.pissa_niter < 0) fail(fmt::format(".pissa_niter: {} is negative", *c.pissa_niter));
-  if (!(c.loraplus_lr_ratio > 0)) fail(fmt::format(".loraplus_lr_ratio: {} is not positive", c.loraplus_lr_ratio));
+void check(const AdapterConfig& c, const Fail& fail) {
+  const Require require{fail};
+  require(is_rank(static_cast<double>(c.r)), "r", c.r, kRank.c_str());
+  require(is_scale(c.lora_alpha), "lora_alpha", c.lora_alpha, kScale.c_str());
+  require(c.lora_dropout >= 0 && c.lora_dropout < 1, "lora_dropout", c.lora_dropout, "in [0, 1)");
+  require(!c.pissa_niter || *c.pissa_niter >= 0, "pissa_niter", c.pissa_niter.value_or(0), "a number of iterations");
+  require(is_scale(c.loraplus_lr_ratio), "loraplus_lr_ratio", c.loraplus_lr_ratio, kScale.c_str());
   for (const auto& [key, rank] : c.rank_pattern) {
-    if (rank < 1 || rank != std::floor(rank))
-      fail(fmt::format(".rank_pattern.{}: {} is not a positive rank", key, rank));
+    if (!is_rank(rank)) fail("rank_pattern", fmt::format("{}: {} is not {}", key, rank, kRank));
   }
   for (const auto& [key, alpha] : c.alpha_pattern) {
-    if (!(alpha > 0)) fail(fmt::format(".alpha_pattern.{}: {} is not positive", key, alpha));
+    if (!is_scale(alpha)) fail("alpha_pattern", fmt::format("{}: {} is not {}", key, alpha, kScale));
   }
-  if (c.method == "adalora") check_adalora(c.adalora, where);
+  check_expressions(c, fail);
+  if (c.method == "adalora") check_adalora(c.adalora, require);
+}
+
+void require_every_entry(const AdapterConfig& config, const std::vector<std::string>& linears) {
+  const auto require = [&](const char* key, const std::string& entry, const auto& concerns) {
+    if (std::any_of(linears.begin(), linears.end(), concerns)) return;
+    throw ConfigError(
+        fmt::format("adapter.{}: '{}' matches none of the adapted modules. Correct or remove it.", key, entry));
+  };
+  const auto targeted = [&](const std::string& name) {
+    return config.all_linear || config.target_modules.matches(name);
+  };
+  for (const std::string& entry : config.exclude_modules.names) {
+    const ModulePattern one{{entry}, ""};
+    require("exclude_modules", entry, [&](const std::string& name) { return targeted(name) && one.matches(name); });
+  }
+  if (const std::string& entry = config.exclude_modules.expression; !entry.empty()) {
+    require("exclude_modules", entry,
+            [&](const std::string& name) { return targeted(name) && full_match(entry, name); });
+  }
+  const auto adapted = [&](const std::string& name) { return targeted(name) && !config.exclude_modules.matches(name); };
+  const auto require_keys = [&](const char* key, const std::vector<std::pair<std::string, double>>& pattern) {
+    for (const auto& entry : pattern) {
+      require(key, entry.first,
+              [&](const std::string& name) { return adapted(name) && key_matches(entry.first, name); });
+    }
+  };
+  require_keys("rank_pattern", config.rank_pattern);
+  require_keys("alpha_pattern", config.alpha_pattern);
 }
 
 void check_schedule(const AdapterConfig& config) {

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -62,8 +63,14 @@ struct AdapterConfig {
 
 /// Reads the `adapter` section. ConfigError for values that PEFT would refuse too.
 AdapterConfig read_adapter_config(const Section& section);
-/// Throws ConfigError for values no method can use (r <= 0, dropout outside [0, 1), a broken expression).
-void check(const AdapterConfig& config, const std::string& where);
+/// Calls `fail` with key and message for values no method can use (r <= 0, dropout outside [0, 1), a broken
+/// expression). `fail` throws.
+void check(const AdapterConfig& config,
+           const std::function<void(const std::string& key, const std::string& message)>& fail);
+
+/// ConfigError for an entry of exclude_modules, rank_pattern or alpha_pattern that concerns none of the linears that
+/// the targets match: a typing error that would silently train something else.
+void require_every_entry(const AdapterConfig& config, const std::vector<std::string>& linears);
 
 /// AdaLoRA's steps against the run's: ConfigError where no step is left for choosing ranks.
 void check_schedule(const AdapterConfig& config);

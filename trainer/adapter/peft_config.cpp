@@ -5,6 +5,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <type_traits>
 
 namespace corank {
 namespace {
@@ -49,19 +50,53 @@ const std::vector<std::pair<const char*, json>>& required_fields() {
   return fields;
 }
 
-std::vector<std::pair<std::string, double>> parse_pattern(const ordered_json& config, const char* key) {
-  std::vector<std::pair<std::string, double>> pattern;
-  if (!config.contains(key) || config[key].is_null()) return pattern;
-  for (const auto& [name, value] : config[key].items()) pattern.emplace_back(name, value.get<double>());
-  return pattern;
-}
+/// adapter_config.json, with its name and the key in every message. null reads as absent.
+class PeftFile {
+ public:
+  PeftFile(const ordered_json& root, const std::string& origin) : root_(root), origin_(origin) {}
 
-ModulePattern parse_modules(const ordered_json& value) {
-  ModulePattern pattern;
-  if (value.is_string()) pattern.expression = value.get<std::string>();
-  if (value.is_array()) pattern.names = value.get<std::vector<std::string>>();
-  return pattern;
-}
+  [[noreturn]] void fail(const std::string& what) const { throw InputError(fmt::format("{}: {}", origin_, what)); }
+  bool has(const char* key) const { return root_.contains(key) && !root_[key].is_null(); }
+
+  template <class T>
+  T get(const char* key, T default_value) const {
+    return has(key) ? convert<T>(root_[key], key) : default_value;
+  }
+  std::vector<std::pair<std::string, double>> pattern(const char* key) const {
+    std::vector<std::pair<std::string, double>> result;
+    for (const auto& [name, value] : object(key).items()) result.emplace_back(name, convert<double>(value, key));
+    return result;
+  }
+  ModulePattern modules(const char* key) const {
+    if (has(key) && root_[key].is_string()) return {{}, root_[key].get<std::string>()};
+    return {get<std::vector<std::string>>(key, {}), ""};
+  }
+  ordered_json object(const char* key) const {
+    if (!has(key)) return ordered_json::object();
+    if (!root_[key].is_object()) refuse(root_[key], key);
+    return root_[key];
+  }
+  template <class T>
+  T convert(const ordered_json& value, const char* key) const {
+    if constexpr (std::is_same_v<T, int64_t>) {  // the library would cut fractions
+      if (!value.is_number_integer()) refuse(value, key);
+    } else if constexpr (std::is_same_v<T, double>) {
+      if (!value.is_number()) refuse(value, key);
+    }
+    try {
+      return value.get<T>();
+    } catch (const json::exception&) {
+      refuse(value, key);
+    }
+  }
+
+ private:
+  [[noreturn]] void refuse(const ordered_json& value, const char* key) const {
+    fail(fmt::format("{} has the wrong type: {}", key, value.dump().substr(0, 80)));
+  }
+  const ordered_json& root_;
+  const std::string& origin_;
+};
 
 json lora_fields(const AdapterConfig& config, const std::vector<std::string>& modules) {
   json ranks = json::object(), alphas = json::object();
@@ -101,21 +136,19 @@ json adalora_fields(const AdaLoraConfig& c) {
           {"rank_pattern", kept}};
 }
 
-AdaLoraConfig parse_adalora(const ordered_json& config) {
+AdaLoraConfig parse_adalora(const PeftFile& file) {
   AdaLoraConfig c;
-  c.init_r = config.value("init_r", c.init_r);
-  c.target_r = config.value("target_r", c.target_r);
-  c.tinit = config.value("tinit", c.tinit);
-  c.tfinal = config.value("tfinal", c.tfinal);
-  c.deltaT = config.value("deltaT", c.deltaT);
-  c.beta1 = config.value("beta1", c.beta1);
-  c.beta2 = config.value("beta2", c.beta2);
-  c.orth_reg_weight = config.value("orth_reg_weight", c.orth_reg_weight);
-  c.total_step = config.value("total_step", c.total_step);
-  if (!config.contains("rank_pattern") || config["rank_pattern"].is_null()) return c;
-  for (const auto& [name, ranks] : config["rank_pattern"].items()) {
-    const size_t end = name.rfind(kE);
-    c.kept_ranks[name.substr(0, end)] = ranks.get<std::vector<bool>>();
+  c.init_r = file.get("init_r", c.init_r);
+  c.target_r = file.get("target_r", c.target_r);
+  c.tinit = file.get("tinit", c.tinit);
+  c.tfinal = file.get("tfinal", c.tfinal);
+  c.deltaT = file.get("deltaT", c.deltaT);
+  c.beta1 = file.get("beta1", c.beta1);
+  c.beta2 = file.get("beta2", c.beta2);
+  c.orth_reg_weight = file.get("orth_reg_weight", c.orth_reg_weight);
+  c.total_step = file.get("total_step", c.total_step);
+  for (const auto& [name, ranks] : file.object("rank_pattern").items()) {
+    c.kept_ranks[name.substr(0, name.rfind(kE))] = file.convert<std::vector<bool>>(ranks, "rank_pattern");
   }
   return c;
 }
@@ -144,7 +177,8 @@ std::string peft_config_json(const AdapterConfig& config, const std::vector<std:
 AdapterConfig parse_peft_config(const std::string& text, const std::string& origin) {
   const auto config = ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!config.is_object()) throw InputError(origin + ": not a JSON object");
-  const auto fail = [&](const std::string& what) { throw InputError(fmt::format("{}: {}", origin, what)); };
+  const PeftFile file(config, origin);
+  const auto fail = [&](const std::string& what) { file.fail(what); };
   const ordered_json type = config.value("peft_type", ordered_json());
   const bool adalora = type == "ADALORA";
   if (!adalora && type != "LORA")
@@ -166,33 +200,24 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
         init.dump()));
   }
   AdapterConfig c;
-  try {
-    c.method = adalora                           ? "adalora"
-               : config.value("use_dora", false) ? "dora"
-               : config.value("use_mora", false) ? "mora"
-                                                 : "lora";
-    c.mora_type = config.value("mora_type", c.mora_type);
-    if (config.contains("modules_to_save") && !config["modules_to_save"].is_null()) {
-      c.modules_to_save = config["modules_to_save"].get<std::vector<std::string>>();
-    }
-    c.r = config.value("r", c.r);
-    c.lora_alpha = config.value("lora_alpha", 8.0);  // PEFT's default, not ours
-    c.lora_dropout = config.value("lora_dropout", 0.0);
-    c.use_rslora = config.value("use_rslora", false);
-    c.target_modules = parse_modules(config.value("target_modules", ordered_json()));
-    c.all_linear = false;
-    c.exclude_modules = parse_modules(config.value("exclude_modules", ordered_json()));
-    if (adalora) {
-      c.adalora = parse_adalora(config);
-    } else {
-      c.rank_pattern = parse_pattern(config, "rank_pattern");
-      c.alpha_pattern = parse_pattern(config, "alpha_pattern");
-    }
-  } catch (const nlohmann::json::exception& e) {
-    fail(e.what());
+  c.method = adalora ? "adalora" : file.get("use_dora", false) ? "dora" : file.get("use_mora", false) ? "mora" : "lora";
+  c.mora_type = file.get("mora_type", c.mora_type);
+  c.modules_to_save = file.get("modules_to_save", c.modules_to_save);
+  c.r = file.get("r", c.r);
+  c.lora_alpha = file.get("lora_alpha", 8.0);  // PEFT's default, not ours
+  c.lora_dropout = file.get("lora_dropout", 0.0);
+  c.use_rslora = file.get("use_rslora", false);
+  c.target_modules = file.modules("target_modules");
+  c.all_linear = false;
+  c.exclude_modules = file.modules("exclude_modules");
+  if (adalora) {
+    c.adalora = parse_adalora(file);
+  } else {
+    c.rank_pattern = file.pattern("rank_pattern");
+    c.alpha_pattern = file.pattern("alpha_pattern");
   }
   if (c.target_modules.empty()) fail("target_modules is missing");
-  check(c, origin + ": adapter");
+  check(c, [&](const std::string& key, const std::string& what) { fail(key + ": " + what); });
   return c;
 }
 

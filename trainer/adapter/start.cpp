@@ -49,10 +49,14 @@ std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config
   return saved;
 }
 
-void start_method(AdapterMethod& method, Model& model, ParameterStore& store, const Mesh& mesh, at::ScalarType dtype,
-                  uint64_t seed, const AdapterFile* file) {
+void register_parameters(AdapterMethod& method, Model& model, ParameterStore& store, uint64_t seed) {
   method.attach(model, store, seed);
   train_saved_modules(model, store, method.config());
+}
+
+void start_method(AdapterMethod& method, Model& model, ParameterStore& store, const Mesh& mesh, at::ScalarType dtype,
+                  uint64_t seed, const AdapterFile* file) {
+  register_parameters(method, model, store, seed);
   store.scale_learning_rates(
       [&](const ParameterSpec& spec) { return loraplus_scale(spec, method.config().loraplus_lr_ratio); });
   store.allocate(mesh.device(), dtype == at::kDouble ? at::kDouble : at::kFloat, dtype);

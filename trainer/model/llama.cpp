@@ -97,6 +97,7 @@ DecoderConfig llama_config(const std::string& config_json, const std::string& or
   c.attention_bias = file.get<bool>("attention_bias", false);
   c.mlp_bias = file.get<bool>("mlp_bias", false);
   c.rope = rope_config(file);
+  if (!(c.rope.theta > 0)) throw InputError(fmt::format("{}: rope_theta {} must be positive", origin, c.rope.theta));
   const auto activation = file.get<std::string>("hidden_act", "silu");
   if (activation != "silu") file.refuse(fmt::format("hidden_act is {}, not silu", activation));
   if (file.get<double>("attention_dropout", 0.0) != 0) file.refuse("attention_dropout is not 0");
