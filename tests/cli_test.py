@@ -107,6 +107,53 @@ class Refusals(Case):
         self.refuse(self.train("model.double_quant=false"), 64, "model.double_quant", "nf4")
         self.refuse(self.train("model.quantization=nf4", "adapter.method=full"), 64, "model.quantization", "nf4", "full")
 
+    def test_values_that_no_run_can_use(self):
+        for overrides in (["train.global_batch_size=2000000"], ["data.seq_len=2000000"], ["data.seq_len=1"],
+                          ["train.num_train_epochs=1e7", "train.max_steps=null"],
+                          ["train.num_train_epochs=2e4", "train.max_steps=null"], ["adapter.r=20000"],
+                          ["adapter.lora_alpha=1e39"], ["train.adam_beta1=1"], ["train.adam_epsilon=0"],
+                          ["adapter.target_modules=q_(proj"], ["adapter.rank_pattern={q_(proj: 4}"]):
+            with self.subTest(overrides):
+                self.refuse(corank("validate", TINY, f"output_dir={self.out}", *overrides), 64,
+                            "command line: " + overrides[0].split("=")[0])
+
+    def test_entries_that_match_no_module(self):
+        for key, value in (("exclude_modules", "[zzz]"), ("rank_pattern", "{zzz: 4}"), ("alpha_pattern", "{zzz: 4}")):
+            with self.subTest(key):
+                self.refuse(self.train(f"adapter.{key}={value}"), 64, f"adapter.{key}", "zzz")
+
+    def test_values_that_yaml_would_cut(self):
+        self.refuse(corank("validate", TINY, f"output_dir={self.out} #2"), 64, "output_dir", "quotes")
+        self.succeed(corank("validate", TINY, f'output_dir="{self.out} #2"'))
+
+    def test_validate_checks_what_train_needs(self):
+        self.out.touch()
+        for override, code in (("data.train=null", 64), ("train.max_steps=null", 64), ("output_dir=null", 64),
+                               ("resume=nowhere", 66), ("data.train=/", 66), (f"output_dir={self.out}", 74)):
+            with self.subTest(override):
+                result = corank("validate", TINY, override)
+                self.assertEqual(result.returncode, code, result.stderr)
+                self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+        self.assertEqual(self.out.stat().st_size, 0)
+
+    def test_pipes_are_not_waited_for(self):
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        self.refuse(corank("validate", pipe), 66, str(pipe))
+        self.refuse(self.train(f"data.train={pipe}"), 66, str(pipe))
+        self.refuse(corank("inspect", pipe), 65, str(pipe))
+
+    def test_unknown_commands(self):
+        self.refuse(corank("trian"), 64, "'trian'", "validate")
+
+    def test_generate_options(self):
+        for option, value in (("--temperature", "nan"), ("--temperature", "-1"), ("--top-p", "0"), ("--stop-tokens", "256"),
+                              ("--max-new-tokens", "2000000")):
+            with self.subTest(f"{option} {value}"):
+                result = corank("generate", TINY, "--prompt-tokens", "1", option, value)
+                self.assertEqual(result.returncode, 64)
+                self.assertIn(option, result.stderr)
+
     def test_missing_inputs(self):
         self.refuse(self.train("data.train=nowhere.h5"), 66, "nowhere.h5")
         self.refuse(corank("train", "nowhere.yaml"), 66, "nowhere.yaml")
@@ -138,6 +185,17 @@ class TokenFiles(Case):
 
         path = self.token_file(change)
         self.refuse(self.train(f"data.train={path}"), 65, str(path), "256")
+
+    def test_no_target_within_seq_len(self):
+        def change(file):
+            mask, offsets = file["loss_mask"][:], file["offsets"][:]
+            mask[:] = 0
+            mask[offsets[1:] - 1] = 1
+            file["loss_mask"][:] = mask
+
+        path = self.token_file(change)
+        self.refuse(self.train(f"data.train={path}", "data.seq_len=2"), 65, str(path), "no target", "seq_len")
+        self.assertEqual(corank("eval", TINY, f"data.eval={path}", "data.seq_len=2").returncode, 65)
 
     def test_wrong_format_attribute(self):
         path = self.token_file(lambda file: file.attrs.__setitem__("format", "other"))
@@ -318,6 +376,26 @@ class Runs(Case):
         self.assertIn("checkpoint-3 after step 3", text)
         self.assertIn("passed over", text)
 
+    def test_checkpoints_that_are_all_damaged_are_not_trained_over(self):
+        settings = ("train.max_steps=2", "save_steps=1")
+        self.succeed(self.train(*settings))
+        for folder in self.out.glob("checkpoint-*"):
+            (folder / "state.h5").write_bytes(b"")
+        for command in ("train", "validate"):
+            result = corank(command, TINY, f"output_dir={self.out}", *settings)
+            self.assertEqual(result.returncode, 65, result.stderr)
+            for word in ("checkpoint-1: state.h5", "checkpoint-2: state.h5", "start over"):
+                self.assertIn(word, result.stderr)
+        for folder in self.out.glob("checkpoint-*"):  # what a kill during a first save leaves
+            (folder / "manifest.json").unlink()
+        self.assertIn("no checkpoint was ever completed", self.succeed(self.train(*settings)))
+
+    def test_a_finished_run_says_so(self):
+        self.succeed(self.train("train.max_steps=1", ranks=2))
+        text = self.succeed(self.train("train.max_steps=1", ranks=2))
+        self.assertIn("already complete after step 1", text)
+        self.assertNotIn("bytes a step, rank 0", text)
+
     def test_second_run_into_one_folder_is_refused(self):
         first = subprocess.Popen([CORANK, "train", TINY, f"output_dir={self.out}", "train.max_steps=100000"], cwd=ROOT,
                                  env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
@@ -384,6 +462,57 @@ class Runs(Case):
             self.assertEqual(result.returncode, 64)
             self.assertIn(word, result.stderr)
         self.assertEqual(corank("export", checkpoint, "--out", checkpoint).returncode, 64)
+
+    def test_export_into_a_folder_of_something_else(self):
+        self.succeed(self.train("train.max_steps=1"))
+        foreign = self.folder / "foreign"
+        foreign.mkdir()
+        self.succeed(corank("export", self.out / "checkpoint-1", "--out", foreign))
+        self.succeed(corank("export", self.out / "checkpoint-1", "--out", foreign))
+        (foreign / "adapter_config.json").rename(foreign / "notes.json")
+        result = corank("export", self.out / "checkpoint-1", "--out", foreign)
+        self.assertEqual(result.returncode, 64)
+        self.assertIn("holds other files", result.stderr)
+
+    def test_damaged_adapters(self):
+        self.succeed(self.train("train.max_steps=1"))
+        adapter = self.out / "adapter"
+        weights = load_file(adapter / "adapter_model.safetensors")
+        first, last = sorted(weights)[0], sorted(weights)[-1]
+        for change, word in (({last: weights[last] * np.nan}, "NaN"), ({first: weights[first][:-1]}, "config asks for"),
+                             ({last: None}, "is missing"), ({"base_model.model.model.norm.weight": weights[first]}, "none that"),
+                             ({name: None for name in weights}, "holds no tensor")):
+            changed = {name: value for name, value in {**weights, **change}.items() if value is not None}
+            save_file(changed, adapter / "adapter_model.safetensors")
+            for command in (["export", adapter, "--out", self.folder / "new"], ["import", adapter, "--out", self.folder / "new.h5"],
+                            ["validate", TINY, f"adapter.path={adapter}"], ["generate", TINY, f"adapter.path={adapter}",
+                                                                           "--prompt-tokens", "1"]):
+                with self.subTest(word, command=command[0]):
+                    result = corank(*command)
+                    self.assertEqual(result.returncode, 65, result.stderr)
+                    self.assertIn(word, result.stderr)
+        save_file(weights, adapter / "adapter_model.safetensors")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": "16"}))
+        result = corank("inspect", adapter)
+        self.assertEqual(result.returncode, 65)
+        self.assertIn("lora_alpha has the wrong type", result.stderr)
+
+    def test_adapter_of_another_model(self):
+        self.succeed(self.train("train.max_steps=1"))
+        result = corank("validate", TINY, f"adapter.path={self.out}/adapter", "model.shape=llama-3.2-1b")
+        self.assertEqual(result.returncode, 65)
+        self.assertIn("the run needs", result.stderr)
+
+    def test_inspect_names_what_it_does_not_read(self):
+        self.refuse(corank("inspect", TINY), 65, "none of the things that inspect reads")
+
+    def test_a_signal_ends_the_setup(self):
+        slow = ("data.packing=true", "train.max_steps=null", "train.num_train_epochs=10000")
+        process = subprocess.Popen([CORANK, "train", TINY, f"output_dir={self.out}", *slow], cwd=ROOT, env=ENVIRONMENT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(timeout=30), -signal.SIGTERM)
 
     def test_generate_continues_greedily_in_every_layout(self):
         first = json.loads(self.succeed(corank("generate", TINY, "--prompt-tokens", "97,98,61", "--max-new-tokens", 8, "--json")))

@@ -1,4 +1,4 @@
-// peft_export MODEL_DIR OUT_DIR: trains three steps on fixed tokens, writes OUT_DIR/adapter (PEFT folder) and
+// peft_export MODEL_DIR OUT_DIR [METHOD]: trains three steps on fixed tokens, writes OUT_DIR/adapter (PEFT folder) and
 // OUT_DIR/logits.safetensors for tests/golden/check_peft.py.
 #include <fmt/format.h>
 
@@ -10,14 +10,20 @@
 
 int main(int argc, char** argv) {
   using namespace corank;
-  if (argc != 3) return 64;
+  if (argc < 3) return 64;
   ModelOptions options;
   options.path = argv[1];
   options.dtype = at::kFloat;
   AdapterConfig config;
-  config.use_rslora = true;
-  config.rank_pattern = {{"q_proj", 4}, {"layers.1.mlp.down_proj", 6}};
-  config.alpha_pattern = {{"v_proj", 7}};
+  if (argc > 3) config.method = argv[3];
+  config.adalora.init_r = 6;
+  config.adalora.target_r = 3;
+  config.adalora.total_step = 3;
+  if (config.method != "adalora") {
+    config.use_rslora = true;
+    config.rank_pattern = {{"q_proj", 4}, {"layers.1.mlp.down_proj", 6}};
+    config.alpha_pattern = {{"v_proj", 7}};
+  }
   test::TrainingRun run(nullptr, 1, options, config);
   const at::Tensor tokens = at::arange(3, 27, at::TensorOptions(at::kInt)) * 4 % 97;
   StepBatches batches;
@@ -26,7 +32,7 @@ int main(int argc, char** argv) {
   batches.num_tokens = 24;
   for (int64_t step = 1; step <= 3; ++step) run.step(batches, step, 1e-2);
   const std::string out = argv[2];
-  write_peft_folder(out + "/adapter", collect_adapter(run.store, {"", config, argv[1]}, run.mesh.tp()));
+  write_peft_folder(out + "/adapter", collect_adapter(run.store, *run.method, {"", config, argv[1]}, run.mesh.tp()));
   const at::Tensor ids = tokens.to(at::kLong);
   const at::Tensor logits =
       all_logits(*run.model, {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + 24}, run.mesh.tp());

@@ -71,8 +71,9 @@ class PeftFile {
     if (has(key) && root_[key].is_string()) return {{}, root_[key].get<std::string>()};
     return {get<std::vector<std::string>>(key, {}), ""};
   }
-  ordered_json object(const char* key) const {
-    if (!has(key)) return ordered_json::object();
+  const ordered_json& object(const char* key) const {  // a reference: items() of a temporary would dangle
+    static const ordered_json none = ordered_json::object();
+    if (!has(key)) return none;
     if (!root_[key].is_object()) refuse(root_[key], key);
     return root_[key];
   }
