@@ -20,6 +20,7 @@ GradientSizes full_gradients(const TrafficShape& shape, int tensor) {
     sizes.data += linear.in * linear.out / tensor;
     if (linear.bias) (linear.row ? sizes.everywhere : sizes.data) += linear.row ? linear.out : linear.out / tensor;
   }
+  sizes.everywhere += shape.other_partial;
   sizes.data +=
       shape.vocabulary_matrices * ((shape.vocab + tensor - 1) / tensor) * shape.hidden + shape.other_replicated;
   return sizes;
@@ -74,7 +75,7 @@ int64_t sums_per_token(const TrafficShape& shape, const AdapterConfig& adapter, 
 }  // namespace
 
 TrafficShape traffic_shape(Model& model) {
-  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, 0, 0};
+  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, 0, 0, 0};
   for (const AdaptedLinear* linear : model.linears()) {
     const LinearSite& site = linear->site();
     const bool bias = linear->num_base_parameters() > site.in * site.out;
@@ -84,7 +85,7 @@ TrafficShape traffic_shape(Model& model) {
     if (weight.shape.size() == 2) {
       ++shape.vocabulary_matrices;
     } else {
-      shape.other_replicated += weight.shape[0];
+      (weight.scope == GradientScope::data ? shape.other_replicated : shape.other_partial) += weight.shape[0];
     }
   }
   return shape;

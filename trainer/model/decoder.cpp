@@ -35,7 +35,7 @@ class Loader {
     return std::make_unique<AdaptedLinear>(std::move(site), std::move(weight), bias, adds_bias);
   }
 
-  ops::Weight norm(const std::string& name, int64_t size) { return {place(source_.read(name, {size}, {})), {}}; }
+  ops::Weight vector(const std::string& name, int64_t size) { return {place(source_.read(name, {size}, {})), {}}; }
   ops::Weight vocabulary(const std::string& name, int64_t vocab, int64_t hidden) {
     return {place(source_.read(name, {vocab, hidden}, Shard::of(0, vocab, tp_))), {}};
   }
@@ -53,52 +53,113 @@ struct RopeTable {
   at::Tensor cos_Td, sin_Td;
 };
 
+class Norm {
+ public:
+  Norm(std::string name, int64_t size, double eps, Loader& load)
+      : name_(std::move(name)), eps_(eps), weight_D_(load.vector(name_ + ".weight", size)) {}
+
+  /// (h, y) with h = residual + delta; an undefined delta stands for zero.
+  std::pair<at::Tensor, at::Tensor> add(const at::Tensor& residual_ND, const at::Tensor& delta_ND) const {
+    return ops::add_rms_norm(residual_ND, delta_ND, weight_D_, eps_);
+  }
+  at::Tensor operator()(const at::Tensor& x) const { return ops::rms_norm(x, weight_D_, eps_); }
+
+  void collect(std::vector<NamedWeight>& weights, GradientScope scope = GradientScope::data) {
+    weights.push_back({name_ + ".weight", weight_D_.value.sizes().vec(), {}, false, &weight_D_, scope});
+  }
+
+ private:
+  std::string name_;
+  double eps_;
+  ops::Weight weight_D_;
+};
+
+/// Column-parallel linears that read one input.
+class Projections {
+ public:
+  Projections(const std::string& layer, const std::vector<std::string>& names, int64_t in,
+              const std::vector<int64_t>& outs, bool has_bias, Loader& load) {
+    for (size_t i = 0; i < names.size(); ++i) {
+      linears_.push_back(load.linear(layer + names[i], in, outs[i], Split::column, has_bias));
+    }
+  }
+
+  std::vector<at::Tensor> forward(const at::Tensor& x_ND, const ForwardContext& context) const {
+    std::vector<const AdaptedLinear*> all;
+    for (const auto& linear : linears_) all.push_back(linear.get());
+    return column_forward(all, x_ND, context);
+  }
+
+  void collect(std::vector<AdaptedLinear*>& linears) const {
+    for (const auto& linear : linears_) linears.push_back(linear.get());
+  }
+
+ private:
+  std::vector<std::unique_ptr<AdaptedLinear>> linears_;
+};
+
 class Attention {
  public:
-  Attention(const DecoderConfig& c, int64_t layer, Loader& load)
-      : layer_(layer), head_dim_(c.head_dim), scale_(1 / std::sqrt(static_cast<double>(c.head_dim))) {
-    const std::string name = fmt::format("model.layers.{}.self_attn.", layer);
-    const int64_t width = c.num_heads * c.head_dim, kv_width = c.num_kv_heads * c.head_dim;
-    q_ = load.linear(name + "q_proj", c.hidden_size, width, Split::column, c.attention_bias);
-    k_ = load.linear(name + "k_proj", c.hidden_size, kv_width, Split::column, c.attention_bias);
-    v_ = load.linear(name + "v_proj", c.hidden_size, kv_width, Split::column, c.attention_bias);
-    o_ = load.linear(name + "o_proj", width, c.hidden_size, Split::row, c.attention_bias);
+  Attention(const DecoderConfig& c, int64_t index, const std::string& layer, Loader& load)
+      : index_(index),
+        head_dim_(c.head_dim),
+        scale_(1 / std::sqrt(static_cast<double>(c.head_dim))),
+        qkv_(layer, c.names.qkv, c.hidden_size,
+             {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim}, c.qkv_bias, load),
+        out_(load.linear(layer + c.names.attention_out, c.num_heads * c.head_dim, c.hidden_size, Split::row,
+                         c.attention_out_bias)) {
+    if (!c.names.q_norm.empty()) q_norm_.emplace(layer + c.names.q_norm, c.head_dim, c.norm_eps, load);
+    if (!c.names.k_norm.empty()) k_norm_.emplace(layer + c.names.k_norm, c.head_dim, c.norm_eps, load);
   }
 
   at::Tensor forward(const at::Tensor& x_ND, const RopeTable& table, const ForwardContext& context) const {
-    const auto qkv = column_forward({q_.get(), k_.get(), v_.get()}, x_ND, context);
+    const auto qkv = qkv_.forward(x_ND, context);
     const auto heads = [&](const at::Tensor& x) { return x.view({x.size(0), -1, head_dim_}); };
-    const auto [q_NHd, k_NKd] =
-        ops::rope(heads(qkv[0]), heads(qkv[1]), table.cos_Td, table.sin_Td, context.batch.positions_N);
-    return row_forward(*o_, context.attention.attend(layer_, q_NHd, k_NKd, heads(qkv[2]), scale_), context);
+    const at::Tensor q = q_norm_ ? (*q_norm_)(heads(qkv[0])) : heads(qkv[0]);
+    const at::Tensor k = k_norm_ ? (*k_norm_)(heads(qkv[1])) : heads(qkv[1]);
+    const auto [q_NHd, k_NKd] = ops::rope(q, k, table.cos_Td, table.sin_Td, context.batch.positions_N);
+    return row_forward(*out_, context.attention.attend(index_, q_NHd, k_NKd, heads(qkv[2]), scale_), context);
   }
 
-  std::vector<AdaptedLinear*> linears() { return {q_.get(), k_.get(), v_.get(), o_.get()}; }
+  void collect(std::vector<AdaptedLinear*>& linears) const {
+    qkv_.collect(linears);
+    linears.push_back(out_.get());
+  }
+  /// Each tensor-parallel rank sees only its own heads, so its gradient of a norm that all heads share is a part.
+  void collect(std::vector<NamedWeight>& weights) {
+    if (q_norm_) q_norm_->collect(weights, GradientScope::everywhere);
+    if (k_norm_) k_norm_->collect(weights, GradientScope::everywhere);
+  }
 
  private:
-  int64_t layer_, head_dim_;
+  int64_t index_, head_dim_;
   double scale_;
-  std::unique_ptr<AdaptedLinear> q_, k_, v_, o_;
+  Projections qkv_;
+  std::optional<Norm> q_norm_, k_norm_;
+  std::unique_ptr<AdaptedLinear> out_;
 };
 
 class FeedForward {
  public:
-  FeedForward(const DecoderConfig& c, int64_t layer, Loader& load) {
-    const std::string name = fmt::format("model.layers.{}.mlp.", layer);
-    gate_ = load.linear(name + "gate_proj", c.hidden_size, c.intermediate_size, Split::column, c.mlp_bias);
-    up_ = load.linear(name + "up_proj", c.hidden_size, c.intermediate_size, Split::column, c.mlp_bias);
-    down_ = load.linear(name + "down_proj", c.intermediate_size, c.hidden_size, Split::row, c.mlp_bias);
-  }
+  FeedForward(const DecoderConfig& c, const std::string& layer, Loader& load)
+      : in_(layer, c.names.feed_forward_in, c.hidden_size, {c.intermediate_size, c.intermediate_size}, c.mlp_bias,
+            load),
+        out_(load.linear(layer + c.names.feed_forward_out, c.intermediate_size, c.hidden_size, Split::row,
+                         c.mlp_bias)) {}
 
   at::Tensor forward(const at::Tensor& x_ND, const ForwardContext& context) const {
-    const auto gate_up = column_forward({gate_.get(), up_.get()}, x_ND, context);
-    return row_forward(*down_, ops::swiglu(gate_up[0], gate_up[1]), context);
+    const auto gate_up = in_.forward(x_ND, context);
+    return row_forward(*out_, ops::swiglu(gate_up[0], gate_up[1]), context);
   }
 
-  std::vector<AdaptedLinear*> linears() { return {gate_.get(), up_.get(), down_.get()}; }
+  void collect(std::vector<AdaptedLinear*>& linears) const {
+    in_.collect(linears);
+    linears.push_back(out_.get());
+  }
 
  private:
-  std::unique_ptr<AdaptedLinear> gate_, up_, down_;
+  Projections in_;
+  std::unique_ptr<AdaptedLinear> out_;
 };
 
 /// The residual stream is handed on as (h, delta), so that its addition is part of the next norm.
@@ -108,18 +169,13 @@ struct Stream {
 
 class Layer {
  public:
-  Layer(const DecoderConfig& c, int64_t layer, Checkpointing checkpointing, Loader& load)
-      : eps_(c.rms_norm_eps),
-        checkpointing_(checkpointing),
-        input_norm_(load.norm(fmt::format("model.layers.{}.input_layernorm.weight", layer), c.hidden_size)),
-        attention_(c, layer, load),
-        post_norm_(load.norm(fmt::format("model.layers.{}.post_attention_layernorm.weight", layer), c.hidden_size)),
-        feed_forward_(c, layer, load) {}
+  Layer(const DecoderConfig& c, int64_t index, Checkpointing checkpointing, Loader& load)
+      : Layer(c, index, fmt::format("{}.{}.", c.names.layers, index), checkpointing, load) {}
 
   Stream forward(const Stream& in, const RopeTable& table, const ForwardContext& context) const {
     const auto whole = [this, table, context](const variable_list& x) {
-      const auto [h, x_ND] = ops::add_rms_norm(x[0], x[1], input_norm_, eps_);
-      const auto [h2, y_ND] = ops::add_rms_norm(h, attention_.forward(x_ND, table, context), post_norm_, eps_);
+      const auto [h, x_ND] = attention_norm_.add(x[0], x[1]);
+      const auto [h2, y_ND] = feed_forward_norm_.add(h, attention_.forward(x_ND, table, context));
       const auto mlp = [this, context](const variable_list& y) {
         return variable_list{feed_forward_.forward(y[0], context)};
       };
@@ -131,36 +187,47 @@ class Layer {
     return {out[0], out[1]};
   }
 
-  void collect(std::vector<AdaptedLinear*>& linears) {
-    for (AdaptedLinear* linear : attention_.linears()) linears.push_back(linear);
-    for (AdaptedLinear* linear : feed_forward_.linears()) linears.push_back(linear);
+  void collect(std::vector<AdaptedLinear*>& linears) const {
+    attention_.collect(linears);
+    feed_forward_.collect(linears);
   }
-  ops::Weight& input_norm() { return input_norm_; }
-  ops::Weight& post_norm() { return post_norm_; }
+  void collect(std::vector<NamedWeight>& weights) {
+    attention_norm_.collect(weights);
+    attention_.collect(weights);
+    feed_forward_norm_.collect(weights);
+  }
 
  private:
-  double eps_;
+  Layer(const DecoderConfig& c, int64_t index, const std::string& name, Checkpointing checkpointing, Loader& load)
+      : checkpointing_(checkpointing),
+        attention_norm_(name + c.names.attention_norm, c.hidden_size, c.norm_eps, load),
+        attention_(c, index, name, load),
+        feed_forward_norm_(name + c.names.feed_forward_norm, c.hidden_size, c.norm_eps, load),
+        feed_forward_(c, name, load) {}
+
   Checkpointing checkpointing_;
-  ops::Weight input_norm_;
+  Norm attention_norm_;
   Attention attention_;
-  ops::Weight post_norm_;
+  Norm feed_forward_norm_;
   FeedForward feed_forward_;
 };
 
 class Decoder : public Model {
  public:
-  Decoder(const DecoderConfig& config, const ModelOptions& options, WeightSource& source, Communicator& tp)
-      : config_(config), tp_(tp), vocab_shard_(Shard::of(0, config.vocab_size, tp)) {
-    Loader load(options, source, tp);
-    embedding_ = load.vocabulary("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
+  Decoder(const DecoderConfig& config, const ModelOptions& options, Loader load, Communicator& tp)
+      : config_(config),
+        tp_(tp),
+        vocab_shard_(Shard::of(0, config.vocab_size, tp)),
+        embedding_(load.vocabulary(config.names.embedding + ".weight", config.vocab_size, config.hidden_size)),
+        final_norm_(config.names.final_norm, config.hidden_size, config.norm_eps, load) {
     for (int64_t i = 0; i < config.num_layers; ++i) {
       layers_.push_back(std::make_unique<Layer>(config, i, options.checkpointing, load));
     }
-    final_norm_ = load.norm("model.norm.weight", config.hidden_size);
+    const std::string head = config.names.head + ".weight";
     if (config.tied_head) {
-      load.skip("lm_head.weight");
+      load.skip(head);
     } else {
-      head_ = load.vocabulary("lm_head.weight", config.vocab_size, config.hidden_size);
+      head_ = load.vocabulary(head, config.vocab_size, config.hidden_size);
     }
     const auto table_dtype = options.dtype == at::kDouble ? at::kDouble : at::kFloat;
     std::tie(rope_.cos_Td, rope_.sin_Td) =
@@ -170,7 +237,7 @@ class Decoder : public Model {
   at::Tensor forward(const ForwardContext& context) const override {
     Stream stream{ops::embedding(context.batch.tokens_N, embedding_, vocab_shard_.start, tp_), {}};
     for (const auto& layer : layers_) stream = layer->forward(stream, rope_, context);
-    return ops::add_rms_norm(stream.h_ND, stream.delta_ND, final_norm_, config_.rms_norm_eps).second;
+    return final_norm_.add(stream.h_ND, stream.delta_ND).second;
   }
 
   ops::VocabularyHead head() const override {
@@ -184,15 +251,12 @@ class Decoder : public Model {
   }
 
   std::vector<NamedWeight> other_weights() override {
-    const std::vector<int64_t> vocabulary{config_.vocab_size, config_.hidden_size}, norm{config_.hidden_size};
-    std::vector<NamedWeight> result{{"model.embed_tokens.weight", vocabulary, vocab_shard_, true, &embedding_}};
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      const std::string name = fmt::format("model.layers.{}.", i);
-      result.push_back({name + "input_layernorm.weight", norm, {}, false, &layers_[i]->input_norm()});
-      result.push_back({name + "post_attention_layernorm.weight", norm, {}, false, &layers_[i]->post_norm()});
-    }
-    result.push_back({"model.norm.weight", norm, {}, false, &final_norm_});
-    if (!config_.tied_head) result.push_back({"lm_head.weight", vocabulary, vocab_shard_, true, &head_});
+    const std::vector<int64_t> vocabulary{config_.vocab_size, config_.hidden_size};
+    const DecoderNames& names = config_.names;
+    std::vector<NamedWeight> result{{names.embedding + ".weight", vocabulary, vocab_shard_, true, &embedding_}};
+    for (const auto& layer : layers_) layer->collect(result);
+    final_norm_.collect(result);
+    if (!config_.tied_head) result.push_back({names.head + ".weight", vocabulary, vocab_shard_, true, &head_});
     return result;
   }
 
@@ -206,9 +270,9 @@ class Decoder : public Model {
   DecoderConfig config_;
   Communicator& tp_;
   Shard vocab_shard_;
-  ops::Weight embedding_;
+  ops::Weight embedding_, head_;
   std::vector<std::unique_ptr<Layer>> layers_;
-  ops::Weight final_norm_, head_;
+  Norm final_norm_;
   RopeTable rope_;
 };
 
@@ -229,7 +293,7 @@ void check_split(const DecoderConfig& config, int tensor) {
 
 std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options, WeightSource& weights,
                                     Communicator& tp) {
-  return std::make_unique<Decoder>(config, options, weights, tp);
+  return std::make_unique<Decoder>(config, options, Loader(options, weights, tp), tp);
 }
 
 }  // namespace corank

@@ -1,15 +1,35 @@
 #pragma once
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "trainer/model/families.h"
 #include "trainer/model/rope_table.h"
 
 namespace corank {
 
+class ConfigFile;
+
+/// Hugging Face's names of a family's modules; those of a layer stand below "<layers>.<i>.". An empty name: the family
+/// has no such part.
+struct DecoderNames {
+  std::string embedding = "model.embed_tokens";
+  std::string layers = "model.layers";
+  std::string attention_norm = "input_layernorm";
+  std::vector<std::string> qkv{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"};
+  std::string q_norm, k_norm;  ///< RMSNorm of each head of q and k, before they are turned
+  std::string attention_out = "self_attn.o_proj";
+  std::string feed_forward_norm = "post_attention_layernorm";
+  std::vector<std::string> feed_forward_in{"mlp.gate_proj", "mlp.up_proj"};
+  std::string feed_forward_out = "mlp.down_proj";
+  std::string final_norm = "model.norm";
+  std::string head = "lm_head";
+};
+
 /// A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated feed-forward part: Llama and
-/// its relatives. Names of tensors are Hugging Face's for Llama.
+/// its relatives. Defaults are Llama's.
 struct DecoderConfig {
+  DecoderNames names;
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
@@ -17,9 +37,10 @@ struct DecoderConfig {
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  double rms_norm_eps = 1e-6;
+  double norm_eps = 1e-6;
   bool tied_head = false;
-  bool attention_bias = false;  ///< on q, k, v and o
+  bool qkv_bias = false;
+  bool attention_out_bias = false;
   bool mlp_bias = false;
   RopeConfig rope;
 };
@@ -30,7 +51,11 @@ void check_split(const DecoderConfig& config, int tensor);
 std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options, WeightSource& weights,
                                     Communicator& tp);
 
-/// The Llama family (Llama 2 and 3, SmolLM2, TinyLlama): reads config.json.
-DecoderConfig llama_config(const std::string& config_json, const std::string& origin);
+/// What the families below share: sizes, RMSNorm, rotary positions, silu.
+DecoderConfig llama_like_config(const ConfigFile& file);
+
+// The families of the table in families.cpp, one file each: read config.json, refuse what they cannot honour.
+DecoderConfig llama_config(const ConfigFile& file);
+DecoderConfig qwen2_config(const ConfigFile& file);
 
 }  // namespace corank

@@ -1,11 +1,7 @@
 #include "trainer/model/families.h"
 
-#include <fmt/format.h>
-
-#include <nlohmann/json.hpp>
-
-#include "configs/error.h"
 #include "data/file.h"
+#include "trainer/model/config_file.h"
 #include "trainer/model/decoder.h"
 
 namespace corank {
@@ -13,11 +9,12 @@ namespace {
 
 struct Family {
   const char* model_type;
-  DecoderConfig (*read)(const std::string& config_json, const std::string& origin);
+  DecoderConfig (*read)(const ConfigFile& file);
 };
 
 constexpr Family kFamilies[] = {
     {"llama", llama_config},
+    {"qwen2", qwen2_config},
 };
 
 struct Shape {
@@ -41,19 +38,21 @@ constexpr Shape kShapes[] = {
     {"llama-3-70b", R"({"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
       "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
       "rope_theta": 500000})"},
+    {"qwen2.5-7b", R"({"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+      "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+      "rope_theta": 1000000})"},
 };
 
 DecoderConfig read_config(const std::string& config_json, const std::string& origin) {
-  const auto json = nlohmann::json::parse(config_json, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object()) throw InputError(origin + ": not a JSON object");
-  const auto type = json.value("model_type", nlohmann::json());
+  const ConfigFile file(config_json, origin);
+  const auto type = file.root().value("model_type", nlohmann::json());
   std::vector<std::string> known;
   for (const Family& family : kFamilies) {
-    if (type == family.model_type) return family.read(config_json, origin);
+    if (type == family.model_type) return family.read(file);
     known.emplace_back(family.model_type);
   }
-  throw InputError(fmt::format("{}: model_type {} is not one of {}. Only these architectures can be trained.", origin,
-                               type.dump(), fmt::join(known, ", ")));
+  file.fail(fmt::format("model_type {} is not one of {}. Only these architectures can be trained.", type.dump(),
+                        fmt::join(known, ", ")));
 }
 
 std::string origin_of(const ModelOptions& options) {

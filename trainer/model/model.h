@@ -17,6 +17,7 @@ struct NamedWeight {
   Shard shard;
   bool decays = true;
   ops::Weight* weight = nullptr;  ///< owned by the model
+  GradientScope scope = GradientScope::data;
 };
 
 /// A decoder-only language model: a body and a head. Owns its frozen weights and the adapters on them; no training

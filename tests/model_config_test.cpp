@@ -1,0 +1,54 @@
+#include <nlohmann/json.hpp>
+
+#include "tests/support.h"
+
+// Attributes of config.json that change the result: honoured, or refused by name.
+namespace corank::test {
+namespace {
+
+using nlohmann::json;
+
+/// What is said about a named shape with `patch` on top of its config.json; empty if it is accepted.
+std::string complaint(const std::string& shape, const json& patch, int tensor = 1) {
+  ModelOptions options;
+  options.shape = shape;
+  json config = json::parse(model_config_json(options));
+  config.update(patch);
+  try {
+    check_model_config(config.dump(), "config.json", tensor);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+struct Refusal {
+  std::string shape;
+  json patch;
+  std::string word;  ///< in the message
+};
+
+TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
+  const std::vector<Refusal> refusals{
+      {"tiny-llama", {{"sliding_window", 16}}, "sliding_window"},
+      {"tiny-llama", {{"hidden_act", "gelu"}}, "hidden_act"},
+      {"tiny-llama", {{"attention_dropout", 0.1}}, "attention_dropout"},
+      {"tiny-llama", {{"partial_rotary_factor", 0.5}}, "partial_rotary_factor"},
+      {"tiny-llama", {{"rope_parameters", {{"rope_type", "yarn"}}}}, "yarn"},
+      {"tiny-llama", {{"num_key_value_heads", 3}}, "num_key_value_heads"},
+      {"tiny-llama", {{"hidden_size", 0}}, "hidden_size"},
+      {"tiny-llama", {{"model_type", "mamba"}}, "mamba"},
+      {"qwen2.5-7b", {{"use_sliding_window", true}}, "use_sliding_window"},
+  };
+  for (const Refusal& r : refusals) {
+    const std::string message = complaint(r.shape, r.patch);
+    EXPECT_NE(message.find(r.word), std::string::npos) << r.shape << ' ' << r.patch << ": '" << message << "'";
+  }
+}
+
+TEST(ModelConfig, EveryShapeIsAccepted) {
+  for (const std::string& shape : shape_names()) EXPECT_EQ(complaint(shape, json::object()), "") << shape;
+}
+
+}  // namespace
+}  // namespace corank::test
