@@ -55,6 +55,8 @@ class Golden {
 };
 
 /// The folders of make_families.py.
-inline std::vector<std::string> family_cases() { return {"families/qwen2"}; }
+inline std::vector<std::string> family_cases() {
+  return {"families/qwen2", "families/qwen2_window", "families/qwen3", "families/mistral"};
+}
 
 }  // namespace corank::test

@@ -38,7 +38,12 @@ TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
       {"tiny-llama", {{"num_key_value_heads", 3}}, "num_key_value_heads"},
       {"tiny-llama", {{"hidden_size", 0}}, "hidden_size"},
       {"tiny-llama", {{"model_type", "mamba"}}, "mamba"},
-      {"qwen2.5-7b", {{"use_sliding_window", true}}, "use_sliding_window"},
+      {"qwen2.5-7b", {{"layer_types", {"full_attention"}}}, "layer_types"},
+      {"qwen2.5-7b", {{"use_sliding_window", true}, {"sliding_window", 0}}, "sliding_window"},
+      {"qwen2.5-7b", {{"layer_types", std::vector<std::string>(28, "sliding_attention")}}, "use_sliding_window"},
+      {"qwen3-8b", {{"layer_types", std::vector<std::string>(36, "chunked_attention")}}, "chunked_attention"},
+      {"mistral-7b", {{"rope_scaling", {{"rope_type", "longrope"}}}}, "longrope"},
+      {"mistral-7b", {{"sliding_window", -1}}, "sliding_window"},
   };
   for (const Refusal& r : refusals) {
     const std::string message = complaint(r.shape, r.patch);

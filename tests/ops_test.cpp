@@ -165,17 +165,17 @@ Segments segments_of(std::vector<int64_t> lengths) {
 TEST(Attention, IsThePlainFormulaWithGroupedQueries) {
   const at::Tensor q = leaf({9, 4, 6}, "q"), k = leaf({9, 2, 6}, "k"), v = leaf({9, 2, 6}, "v");
   const Segments s = segments_of({4, 1, 4});
-  EXPECT_LT(relative_error(attention(q, k, v, s, 0.4), attention_reference(q, k, v, s, 0.4)), 1e-13);
-  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, 0.4)); }, {q, k, v}), kGradientBound);
+  EXPECT_LT(relative_error(attention(q, k, v, s, {0.4}), attention_reference(q, k, v, s, {0.4})), 1e-13);
+  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, {0.4})); }, {q, k, v}), kGradientBound);
 }
 
 TEST(Attention, NothingCrossesSegmentsOrComesFromTheFuture) {
   const at::Tensor q = random({6, 2, 4}, "q"), k = random({6, 2, 4}, "k"), v = random({6, 2, 4}, "v");
   const Segments s = segments_of({3, 3});
-  const at::Tensor before = attention(q, k, v, s, 1);
+  const at::Tensor before = attention(q, k, v, s, {1});
   k.narrow(0, 2, 1).mul_(5);
   v.narrow(0, 2, 1).add_(3);
-  const at::Tensor after = attention(q, k, v, s, 1);
+  const at::Tensor after = attention(q, k, v, s, {1});
   EXPECT_TRUE(at::equal(before.narrow(0, 0, 2), after.narrow(0, 0, 2)));  // earlier tokens
   EXPECT_TRUE(at::equal(before.narrow(0, 3, 3), after.narrow(0, 3, 3)));  // the other segment
   EXPECT_FALSE(at::equal(before[2], after[2]));
@@ -183,8 +183,26 @@ TEST(Attention, NothingCrossesSegmentsOrComesFromTheFuture) {
 
 TEST(Attention, CachedIsTheLastRows) {
   const at::Tensor q = random({6, 4, 4}, "q"), k = random({6, 2, 4}, "k"), v = random({6, 2, 4}, "v");
-  const at::Tensor all = attention_reference(q, k, v, segments_of({6}), 0.5);
-  EXPECT_LT(relative_error(cached_attention(q.narrow(0, 4, 2), k, v, 0.5), all.narrow(0, 4, 2)), 1e-14);
+  const at::Tensor all = attention_reference(q, k, v, segments_of({6}), {0.5});
+  EXPECT_LT(relative_error(cached_attention(q.narrow(0, 4, 2), k, v, {0.5}), all.narrow(0, 4, 2)), 1e-14);
+}
+
+/// The plain formula itself: each token's softmax over the keys that the window leaves.
+TEST(Attention, AWindowHoldsTheTokenAndTheOnesBeforeIt) {
+  const at::Tensor q = leaf({12, 4, 6}, "q"), k = leaf({12, 2, 6}, "k"), v = leaf({12, 2, 6}, "v");
+  const Segments s = segments_of({7, 2, 3});
+  const AttentionRule rule{0.4, 3};
+  const at::Tensor y = attention(q, k, v, s, rule).view({12, 4, 6});
+  for (const int64_t token : {0, 1, 2, 3, 6, 8, 11}) {
+    const int64_t segment = token < 7 ? 0 : token < 9 ? 7 : 9, first = std::max(segment, token - 2);
+    const at::Tensor keys = k.narrow(0, first, token + 1 - first), values = v.narrow(0, first, token + 1 - first);
+    const at::Tensor p = at::softmax(at::mv(keys.select(1, 1), q[token][2]) * 0.4, 0);
+    EXPECT_LT(relative_error(y[token][2], at::mv(values.select(1, 1).t(), p)), 1e-13) << token;
+  }
+  EXPECT_LT(relative_error(y, attention_reference(q, k, v, s, rule).view({12, 4, 6})), 1e-13);
+  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, rule)); }, {q, k, v}), kGradientBound);
+  const at::Tensor last = cached_attention(q.narrow(0, 5, 2), k.narrow(0, 0, 7), v.narrow(0, 0, 7), rule);
+  EXPECT_LT(relative_error(last.view({2, 4, 6}), y.narrow(0, 5, 2)), 1e-13);
 }
 
 class CrossEntropyTest : public testing::Test {

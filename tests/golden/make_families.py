@@ -27,6 +27,11 @@ LORA = dict(r=4, lora_alpha=8, target_modules=LINEARS)
 
 CASES = {
     "qwen2": (transformers.Qwen2Config(**SIZES, tie_word_embeddings=True), LORA),
+    "qwen2_window": (  # of the second layer only
+        transformers.Qwen2Config(
+            **SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1), LORA),
+    "qwen3": (transformers.Qwen3Config(**SIZES, head_dim=16), LORA),
+    "mistral": (transformers.MistralConfig(**SIZES, sliding_window=8), LORA),
 }
 
 

@@ -103,7 +103,7 @@ class Attention {
   Attention(const DecoderConfig& c, int64_t index, const std::string& layer, Loader& load)
       : index_(index),
         head_dim_(c.head_dim),
-        scale_(1 / std::sqrt(static_cast<double>(c.head_dim))),
+        rule_{1 / std::sqrt(static_cast<double>(c.head_dim)), c.windows.empty() ? 0 : c.windows[index]},
         qkv_(layer, c.names.qkv, c.hidden_size,
              {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim}, c.qkv_bias, load),
         out_(load.linear(layer + c.names.attention_out, c.num_heads * c.head_dim, c.hidden_size, Split::row,
@@ -118,7 +118,7 @@ class Attention {
     const at::Tensor q = q_norm_ ? (*q_norm_)(heads(qkv[0])) : heads(qkv[0]);
     const at::Tensor k = k_norm_ ? (*k_norm_)(heads(qkv[1])) : heads(qkv[1]);
     const auto [q_NHd, k_NKd] = ops::rope(q, k, table.cos_Td, table.sin_Td, context.batch.positions_N);
-    return row_forward(*out_, context.attention.attend(index_, q_NHd, k_NKd, heads(qkv[2]), scale_), context);
+    return row_forward(*out_, context.attention.attend(index_, q_NHd, k_NKd, heads(qkv[2]), rule_), context);
   }
 
   void collect(std::vector<AdaptedLinear*>& linears) const {
@@ -133,7 +133,7 @@ class Attention {
 
  private:
   int64_t index_, head_dim_;
-  double scale_;
+  ops::AttentionRule rule_;
   Projections qkv_;
   std::optional<Norm> q_norm_, k_norm_;
   std::unique_ptr<AdaptedLinear> out_;

@@ -43,6 +43,7 @@ struct DecoderConfig {
   bool attention_out_bias = false;
   bool mlp_bias = false;
   RopeConfig rope;
+  std::vector<int64_t> windows;  ///< of each layer, as in ops::AttentionRule; empty: none has one
 };
 
 /// ConfigError if heads, key-value heads or the feed-forward size do not divide by `tensor`.
@@ -57,5 +58,7 @@ DecoderConfig llama_like_config(const ConfigFile& file);
 // The families of the table in families.cpp, one file each: read config.json, refuse what they cannot honour.
 DecoderConfig llama_config(const ConfigFile& file);
 DecoderConfig qwen2_config(const ConfigFile& file);
+DecoderConfig qwen3_config(const ConfigFile& file);
+DecoderConfig mistral_config(const ConfigFile& file);
 
 }  // namespace corank

@@ -15,6 +15,8 @@ struct Family {
 constexpr Family kFamilies[] = {
     {"llama", llama_config},
     {"qwen2", qwen2_config},
+    {"qwen3", qwen3_config},
+    {"mistral", mistral_config},
 };
 
 struct Shape {
@@ -41,6 +43,12 @@ constexpr Shape kShapes[] = {
     {"qwen2.5-7b", R"({"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
       "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
       "rope_theta": 1000000})"},
+    {"qwen3-8b", R"({"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+      "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+      "rms_norm_eps": 1e-6, "rope_theta": 1000000})"},
+    {"mistral-7b", R"({"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+      "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+      "rope_theta": 10000, "sliding_window": 4096})"},
 };
 
 DecoderConfig read_config(const std::string& config_json, const std::string& origin) {

@@ -23,8 +23,8 @@ int64_t base_bytes(Model& model) {
 SegmentAttention::SegmentAttention(const Batch& batch) : segments_{batch.cu_seqlens, batch.lengths, batch.max_length} {}
 
 at::Tensor SegmentAttention::attend(int64_t, const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
-                                    double scale) {
-  return ops::attention(q_NHd, k_NKd, v_NKd, segments_, scale);
+                                    const ops::AttentionRule& rule) {
+  return ops::attention(q_NHd, k_NKd, v_NKd, segments_, rule);
 }
 
 }  // namespace corank

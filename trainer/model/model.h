@@ -50,7 +50,7 @@ class SegmentAttention : public AttentionCore {
  public:
   explicit SegmentAttention(const Batch& batch);
   at::Tensor attend(int64_t layer, const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
-                    double scale) override;
+                    const ops::AttentionRule& rule) override;
 
  private:
   ops::Segments segments_;
