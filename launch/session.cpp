@@ -37,6 +37,7 @@ Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh
     file = read_adapter(run_.adapter.path);
     run_.adapter = merge_with_file(run_.adapter, run_.adapter_keys, file->config, linear_names(*model_));
   }
+  run_.adapter.fan_in_fan_out = !transposed_weights(*model_).empty();
   method_ = make_method(run_.adapter);
   method_->attach(*model_, store_, static_cast<uint64_t>(run_.train.seed));
   store_.allocate(mesh_->device(), at::kFloat, run_.model.dtype);

@@ -56,7 +56,8 @@ class Golden {
 
 /// The folders of make_families.py.
 inline std::vector<std::string> family_cases() {
-  return {"families/qwen2", "families/qwen2_window", "families/qwen3", "families/mistral"};
+  return {"families/qwen2",   "families/qwen2_window", "families/qwen3",
+          "families/mistral", "families/phi3",         "families/gpt2"};
 }
 
 }  // namespace corank::test

@@ -32,7 +32,7 @@ TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
   const std::vector<Refusal> refusals{
       {"tiny-llama", {{"sliding_window", 16}}, "sliding_window"},
       {"tiny-llama", {{"hidden_act", "gelu"}}, "hidden_act"},
-      {"tiny-llama", {{"attention_dropout", 0.1}}, "attention_dropout"},
+      {"tiny-llama", {{"attention_dropout", 1.0}}, "attention_dropout"},
       {"tiny-llama", {{"partial_rotary_factor", 0.5}}, "partial_rotary_factor"},
       {"tiny-llama", {{"rope_parameters", {{"rope_type", "yarn"}}}}, "yarn"},
       {"tiny-llama", {{"num_key_value_heads", 3}}, "num_key_value_heads"},
@@ -44,6 +44,14 @@ TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
       {"qwen3-8b", {{"layer_types", std::vector<std::string>(36, "chunked_attention")}}, "chunked_attention"},
       {"mistral-7b", {{"rope_scaling", {{"rope_type", "longrope"}}}}, "longrope"},
       {"mistral-7b", {{"sliding_window", -1}}, "sliding_window"},
+      {"tiny-llama", {{"model_type", "phi3"}, {"partial_rotary_factor", 0.5}}, "partial_rotary_factor"},
+      {"tiny-llama", {{"model_type", "phi3"}, {"rope_scaling", {{"type", "longrope"}}}}, "longrope"},
+      {"gpt2", {{"activation_function", "relu"}}, "activation_function"},
+      {"gpt2", {{"scale_attn_weights", false}}, "scale_attn_weights"},
+      {"gpt2", {{"scale_attn_by_inverse_layer_idx", true}}, "scale_attn_by_inverse_layer_idx"},
+      {"gpt2", {{"add_cross_attention", true}}, "add_cross_attention"},
+      {"gpt2", {{"quantization_config", json::object()}}, "quantization_config"},
+      {"gpt2", {{"n_head", 7}}, "n_head"},
   };
   for (const Refusal& r : refusals) {
     const std::string message = complaint(r.shape, r.patch);
@@ -53,6 +61,19 @@ TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
 
 TEST(ModelConfig, EveryShapeIsAccepted) {
   for (const std::string& shape : shape_names()) EXPECT_EQ(complaint(shape, json::object()), "") << shape;
+}
+
+TEST(ModelConfig, SequencesBeyondTheLearnedPositionsAreRefused) {
+  Ledger ledger;
+  const auto solo = make_solo_communicator(at::kCPU, ledger);
+  ModelOptions options;
+  options.shape = "tiny-gpt2";
+  options.max_positions = 64;
+  EXPECT_EQ(outline_model(options, *solo)->num_layers(), 2);
+  options.max_positions = 65;
+  EXPECT_THROW(outline_model(options, *solo), ConfigError);
+  options.shape = "tiny-llama";
+  EXPECT_EQ(outline_model(options, *solo)->num_layers(), 2);
 }
 
 }  // namespace

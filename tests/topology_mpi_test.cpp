@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kSteps = 20;
 
 struct Setting {
-  std::string name, method = "lora";
+  std::string name, method = "lora", shape = "tiny-llama";
   double dropout = 0;
   bool packing = true;
   Checkpointing checkpointing = Checkpointing::none;
@@ -27,7 +27,7 @@ std::ostream& operator<<(std::ostream& out, const Setting& setting) { return out
 
 ModelOptions tiny(const Setting& setting) {
   ModelOptions options;
-  options.shape = "tiny-llama";
+  options.shape = setting.shape;
   options.dtype = setting.dtype;
   options.max_positions = 64;
   options.checkpointing = setting.checkpointing;
@@ -132,11 +132,14 @@ TEST_P(Topology, BytesPredictedEqualBytesCounted) {
 
 INSTANTIATE_TEST_SUITE_P(
     Settings, Topology,
-    testing::Values(Setting{.name = "lora"}, Setting{.name = "dropout", .dropout = 0.2},
-                    Setting{.name = "unpacked", .packing = false},
-                    Setting{.name = "recompute", .dropout = 0.1, .checkpointing = Checkpointing::full},
-                    Setting{.name = "recompute_mlp", .checkpointing = Checkpointing::mlp},
-                    Setting{.name = "bfloat16", .dtype = at::kBFloat16}, Setting{.name = "full", .method = "full"}),
+    testing::Values(
+        Setting{.name = "lora"}, Setting{.name = "dropout", .dropout = 0.2},
+        Setting{.name = "unpacked", .packing = false},
+        Setting{.name = "recompute", .dropout = 0.1, .checkpointing = Checkpointing::full},
+        Setting{.name = "recompute_mlp", .checkpointing = Checkpointing::mlp},
+        Setting{.name = "bfloat16", .dtype = at::kBFloat16}, Setting{.name = "full", .method = "full"},
+        Setting{.name = "gpt2", .shape = "tiny-gpt2", .packing = false},
+        Setting{.name = "gpt2_full", .method = "full", .shape = "tiny-gpt2", .checkpointing = Checkpointing::full}),
     [](const auto& param) { return param.param.name; });
 
 class Resume : public testing::Test {

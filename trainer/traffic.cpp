@@ -82,10 +82,11 @@ TrafficShape traffic_shape(Model& model) {
     shape.linears.push_back({site.name, site.in, site.out, site.split == Split::row, bias});
   }
   for (const NamedWeight& weight : model.other_weights()) {
-    if (weight.shape.size() == 2) {
+    if (!weight.shard.whole()) {
       ++shape.vocabulary_matrices;
     } else {
-      (weight.scope == GradientScope::data ? shape.other_replicated : shape.other_partial) += weight.shape[0];
+      const int64_t size = weight.weight->value.numel();
+      (weight.scope == GradientScope::data ? shape.other_replicated : shape.other_partial) += size;
     }
   }
   return shape;

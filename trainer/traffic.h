@@ -19,8 +19,8 @@ struct TrafficShape {
     bool bias = false;
   };
   std::vector<Linear> linears;
-  int64_t vocabulary_matrices = 0;  ///< embedding and, where it is not tied, head
-  int64_t other_replicated = 0;     ///< elements of norms
+  int64_t vocabulary_matrices = 0;  ///< split ones: embedding and, where it is not tied, head
+  int64_t other_replicated = 0;     ///< elements of norms and learned positions (without a split: of all)
   int64_t other_partial = 0;        ///< of norms within heads, whose gradients tensor-parallel ranks form in part
 };
 TrafficShape traffic_shape(Model& model);

@@ -32,6 +32,14 @@ CASES = {
             **SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1), LORA),
     "qwen3": (transformers.Qwen3Config(**SIZES, head_dim=16), LORA),
     "mistral": (transformers.MistralConfig(**SIZES, sliding_window=8), LORA),
+    "phi3": (
+        transformers.Phi3Config(**SIZES, sliding_window=20, pad_token_id=None, eos_token_id=None),
+        dict(r=4, lora_alpha=8, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])),
+    "gpt2": (
+        transformers.GPT2Config(
+            vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=52,
+            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+        dict(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
 }
 
 
@@ -39,6 +47,10 @@ def save_model(config, folder, generator):
     config.dtype = "float32"
     model = transformers.AutoModelForCausalLM.from_config(config)
     fill_model(model, generator)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if ".ln_" in name and name.endswith("weight"):
+                value.add_(1)  # what fill_model does to weights that are called norm
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 

@@ -48,7 +48,6 @@ json number(double value) {
 const std::vector<std::pair<const char*, json>>& required_fields() {
   static const std::vector<std::pair<const char*, json>> fields{{"use_dora", false},
                                                                 {"bias", "none"},
-                                                                {"fan_in_fan_out", false},
                                                                 {"lora_bias", false},
                                                                 {"modules_to_save", nullptr},
                                                                 {"layer_replication", nullptr},
@@ -139,7 +138,7 @@ std::string peft_config_json(const AdapterConfig& config, const std::vector<std:
                     {"auto_mapping", nullptr},
                     {"base_model_name_or_path", base_model},
                     {"bias", "none"},
-                    {"fan_in_fan_out", false},
+                    {"fan_in_fan_out", config.fan_in_fan_out},
                     {"inference_mode", true},
                     {"init_lora_weights", gaussian ? json("gaussian") : json(true)},
                     {"layers_pattern", nullptr},
@@ -187,6 +186,7 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
     c.lora_alpha = config.value("lora_alpha", 8.0);  // PEFT's default, not ours
     c.lora_dropout = config.value("lora_dropout", 0.0);
     c.use_rslora = config.value("use_rslora", false);
+    c.fan_in_fan_out = config.value("fan_in_fan_out", false);
     c.target_modules = parse_modules(config.value("target_modules", ordered_json()));
     c.all_linear = false;
     c.exclude_modules = parse_modules(config.value("exclude_modules", ordered_json()));

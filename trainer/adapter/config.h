@@ -32,7 +32,8 @@ struct AdapterConfig {
   ModulePattern exclude_modules;
   std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;  ///< in file order: the first match wins
   std::string init_lora_weights = "true";                                   ///< true or gaussian
-  std::string path;  ///< PEFT folder or corank checkpoint to start from
+  bool fan_in_fan_out = false;  ///< of the model's files, for PEFT; no key of the run file
+  std::string path;             ///< PEFT folder or corank checkpoint to start from
 
   /// Rank and scaling of one module: patterns first, then r and lora_alpha; alpha / r, or alpha / sqrt(r) with rsLoRA.
   int64_t rank_of(const std::string& module) const;

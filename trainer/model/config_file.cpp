@@ -20,6 +20,12 @@ int64_t ConfigFile::positive(const char* key, int64_t size) const {
   fail(fmt::format("{} is {} and must be positive", key, size));
 }
 
+double ConfigFile::get_probability(const char* key, double default_value) const {
+  const auto p = get<double>(key, default_value);
+  if (!(p >= 0 && p < 1)) fail(fmt::format("{} is {} and must be in [0, 1)", key, p));
+  return p;
+}
+
 void ConfigFile::refuse(const std::string& what) const {
   throw InputError(fmt::format("{}: {}. It changes the result and is not supported; remove it or use another model.",
                                origin_, what));

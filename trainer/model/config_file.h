@@ -40,6 +40,8 @@ class ConfigFile {
   int64_t get_size(const char* key, int64_t default_value) const;
 
   [[noreturn]] void fail(const std::string& what) const { throw InputError(origin_ + ": " + what); }
+  /// InputError unless the value is in [0, 1).
+  double get_probability(const char* key, double default_value) const;
   /// InputError: the attribute changes the result and is not supported.
   [[noreturn]] void refuse(const std::string& what) const;
 

@@ -3,9 +3,12 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <numeric>
 
 #include "configs/error.h"
 #include "trainer/ops/embedding.h"
+#include "trainer/ops/layer_norm.h"
+#include "trainer/ops/random.h"
 #include "trainer/ops/recompute.h"
 #include "trainer/ops/rms_norm.h"
 #include "trainer/ops/rope.h"
@@ -20,74 +23,156 @@ using torch::autograd::variable_list;
 /// Builds a model's parts from a weight source: this rank's shards, in the run's dtype, on its device.
 class Loader {
  public:
-  Loader(const ModelOptions& options, WeightSource& source, Communicator& tp)
-      : options_(options), source_(source), tp_(tp) {}
+  Loader(const DecoderConfig& config, const ModelOptions& options, WeightSource& source, Communicator& tp)
+      : fan_in_fan_out_(config.fan_in_fan_out), options_(options), source_(source), tp_(tp) {}
 
-  std::unique_ptr<AdaptedLinear> linear(const std::string& name, int64_t in, int64_t out, Split split, bool has_bias) {
-    LinearSite site{name, in, out, split, {}, {}};
-    (split == Split::column ? site.out_shard : site.in_shard) = Shard::of(0, split == Split::column ? out : in, tp_);
-    Shard shard = Shard::of(split == Split::column ? 0 : 1, split == Split::column ? out : in, tp_);
-    const auto read = [&](const Shard& s) { return source_.read(name + ".weight", {out, in}, s); };
-    auto weight = make_frozen_weight({options_.quantization, options_.dtype, options_.device}, read, shard);
-    at::Tensor bias;
-    if (has_bias) bias = place(source_.read(name + ".bias", {out}, site.out_shard));
-    const bool adds_bias = split == Split::column || tp_.rank() == 0;
-    return std::make_unique<AdaptedLinear>(std::move(site), std::move(weight), bias, adds_bias);
+  /// The linear's rows are sections of sizes `outs`, each split for itself.
+  std::unique_ptr<AdaptedLinear> column(const std::string& name, int64_t in, const std::vector<int64_t>& outs,
+                                        bool has_bias) {
+    const Shard shard = Shard::of(0, outs, tp_);
+    if (!shard.sections.empty() && options_.quantization != "none") {
+      throw ConfigError(
+          fmt::format("model.quantization: {} cannot be quantised and split, because it holds several matrices. Set "
+                      "parallel.tensor to 1.",
+                      name));
+    }
+    const int64_t out = std::accumulate(outs.begin(), outs.end(), int64_t{0});
+    return linear({name, in, out, Split::column, {}, shard, fan_in_fan_out_}, shard, has_bias, /*adds_bias=*/true);
+  }
+
+  std::unique_ptr<AdaptedLinear> row(const std::string& name, int64_t in, int64_t out, bool has_bias) {
+    return linear({name, in, out, Split::row, Shard::of(0, in, tp_), {}, fan_in_fan_out_}, Shard::of(1, in, tp_),
+                  has_bias, /*adds_bias=*/tp_.rank() == 0);
   }
 
   ops::Weight vector(const std::string& name, int64_t size) { return {place(source_.read(name, {size}, {})), {}}; }
   ops::Weight vocabulary(const std::string& name, int64_t vocab, int64_t hidden) {
     return {place(source_.read(name, {vocab, hidden}, Shard::of(0, vocab, tp_))), {}};
   }
+  ops::Weight table(const std::string& name, int64_t rows, int64_t width) {
+    return {place(source_.read(name, {rows, width}, {})), {}};
+  }
   void skip(const std::string& name) { source_.skip(name); }
 
  private:
+  std::unique_ptr<AdaptedLinear> linear(LinearSite site, const Shard& shard, bool has_bias, bool adds_bias) {
+    const auto read = [&](const Shard& s) { return matrix(site, s); };
+    auto weight = make_frozen_weight({options_.quantization, options_.dtype, options_.device}, read, shard);
+    at::Tensor bias;
+    if (has_bias) bias = place(read_sections(site.name + ".bias", {site.out}, site.out_shard));
+    return std::make_unique<AdaptedLinear>(std::move(site), std::move(weight), bias, adds_bias);
+  }
+
+  at::Tensor matrix(const LinearSite& site, const Shard& shard) {
+    const std::string name = site.name + ".weight";
+    if (!site.fan_in_fan_out) return read_sections(name, {site.out, site.in}, shard);
+    Shard in_file = shard;
+    if (!shard.whole()) in_file.dim = 1 - shard.dim;
+    return read_sections(name, {site.in, site.out}, in_file).t();
+  }
+
+  /// A block of several sections is not one range of the file: taken from the whole.
+  at::Tensor read_sections(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) {
+    if (shard.sections.empty()) return source_.read(name, shape, shard);
+    return take_shard(source_.read(name, shape, {}), shard);
+  }
+
   at::Tensor place(const at::Tensor& t) { return t.to(options_.device, options_.dtype).contiguous(); }
 
+  bool fan_in_fan_out_;
   const ModelOptions& options_;
   WeightSource& source_;
   Communicator& tp_;
 };
 
+/// Rotary positions; without a table q and k stay as they are.
 struct RopeTable {
   at::Tensor cos_Td, sin_Td;
+
+  std::pair<at::Tensor, at::Tensor> turn(const at::Tensor& q_NHd, const at::Tensor& k_NKd,
+                                         const at::Tensor& positions_N) const {
+    if (!cos_Td.defined()) return {q_NHd, k_NKd};
+    return ops::rope(q_NHd, k_NKd, cos_Td, sin_Td, positions_N);
+  }
 };
 
+/// Dropout of the base model, drawn in training only; `place` names it among all dropouts.
+ops::Dropout base_dropout(double p, const std::string& place, const ForwardContext& context) {
+  if (!context.training || p == 0) return {};
+  return {p, ops::key_of(context.seed, "base dropout", place, context.step), context.batch.slots_N, 0};
+}
+
+/// RMSNorm or LayerNorm of the residual stream.
 class Norm {
  public:
-  Norm(std::string name, int64_t size, double eps, Loader& load)
-      : name_(std::move(name)), eps_(eps), weight_D_(load.vector(name_ + ".weight", size)) {}
+  Norm(std::string name, const DecoderConfig& c, Loader& load)
+      : name_(std::move(name)), eps_(c.norm_eps), weight_D_(load.vector(name_ + ".weight", c.hidden_size)) {
+    if (c.layer_norm) bias_D_ = load.vector(name_ + ".bias", c.hidden_size);
+  }
 
   /// (h, y) with h = residual + delta; an undefined delta stands for zero.
   std::pair<at::Tensor, at::Tensor> add(const at::Tensor& residual_ND, const at::Tensor& delta_ND) const {
-    return ops::add_rms_norm(residual_ND, delta_ND, weight_D_, eps_);
+    return bias_D_.defined() ? ops::add_layer_norm(residual_ND, delta_ND, weight_D_, bias_D_, eps_)
+                             : ops::add_rms_norm(residual_ND, delta_ND, weight_D_, eps_);
   }
-  at::Tensor operator()(const at::Tensor& x) const { return ops::rms_norm(x, weight_D_, eps_); }
 
-  void collect(std::vector<NamedWeight>& weights, GradientScope scope = GradientScope::data) {
-    weights.push_back({name_ + ".weight", weight_D_.value.sizes().vec(), {}, false, &weight_D_, scope});
+  void collect(std::vector<NamedWeight>& weights) {
+    weights.push_back({name_ + ".weight", weight_D_.value.sizes().vec(), {}, false, &weight_D_});
+    if (bias_D_.defined()) weights.push_back({name_ + ".bias", bias_D_.value.sizes().vec(), {}, false, &bias_D_});
   }
 
  private:
   std::string name_;
   double eps_;
-  ops::Weight weight_D_;
+  ops::Weight weight_D_, bias_D_;
 };
 
-/// Column-parallel linears that read one input.
+/// RMSNorm of every head, with one weight for all; none where the family has no name for it.
+class HeadNorm {
+ public:
+  HeadNorm(const std::string& layer, const std::string& name, const DecoderConfig& c, Loader& load)
+      : name_(layer + name + ".weight"), eps_(c.norm_eps) {
+    if (!name.empty()) weight_d_ = load.vector(name_, c.head_dim);
+  }
+
+  at::Tensor operator()(const at::Tensor& x_NHd) const {
+    return weight_d_.defined() ? ops::rms_norm(x_NHd, weight_d_, eps_) : x_NHd;
+  }
+
+  /// A tensor-parallel rank sees only its own heads, so its gradient is a part.
+  void collect(std::vector<NamedWeight>& weights) {
+    if (!weight_d_.defined()) return;
+    weights.push_back({name_, weight_d_.value.sizes().vec(), {}, false, &weight_d_, GradientScope::everywhere});
+  }
+
+ private:
+  std::string name_;
+  double eps_;
+  ops::Weight weight_d_;
+};
+
+/// Column-parallel projections of one input, to features of sizes `outs`: a linear each, or one linear of them all.
 class Projections {
  public:
   Projections(const std::string& layer, const std::vector<std::string>& names, int64_t in,
               const std::vector<int64_t>& outs, bool has_bias, Loader& load) {
     for (size_t i = 0; i < names.size(); ++i) {
-      linears_.push_back(load.linear(layer + names[i], in, outs[i], Split::column, has_bias));
+      const bool fused = names.size() < outs.size();
+      linears_.push_back(load.column(layer + names[i], in, fused ? outs : std::vector{outs[i]}, has_bias));
     }
+    outs_ = outs;
   }
 
   std::vector<at::Tensor> forward(const at::Tensor& x_ND, const ForwardContext& context) const {
     std::vector<const AdaptedLinear*> all;
     for (const auto& linear : linears_) all.push_back(linear.get());
-    return column_forward(all, x_ND, context);
+    std::vector<at::Tensor> outputs = column_forward(all, x_ND, context);
+    if (outputs.size() == outs_.size()) return outputs;
+    std::vector<int64_t> local;
+    for (const int64_t out : outs_) local.push_back(out / context.tp.size());
+    outputs = outputs[0].split_with_sizes(local, 1);
+    for (at::Tensor& part : outputs) part = part.contiguous();
+    return outputs;
   }
 
   void collect(std::vector<AdaptedLinear*>& linears) const {
@@ -96,6 +181,7 @@ class Projections {
 
  private:
   std::vector<std::unique_ptr<AdaptedLinear>> linears_;
+  std::vector<int64_t> outs_;
 };
 
 class Attention {
@@ -103,53 +189,62 @@ class Attention {
   Attention(const DecoderConfig& c, int64_t index, const std::string& layer, Loader& load)
       : index_(index),
         head_dim_(c.head_dim),
+        name_(layer + "attention"),
         rule_{1 / std::sqrt(static_cast<double>(c.head_dim)), c.windows.empty() ? 0 : c.windows[index]},
+        dropout_(c.attention_dropout),
+        residual_dropout_(c.residual_dropout),
         qkv_(layer, c.names.qkv, c.hidden_size,
              {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim}, c.qkv_bias, load),
-        out_(load.linear(layer + c.names.attention_out, c.num_heads * c.head_dim, c.hidden_size, Split::row,
-                         c.attention_out_bias)) {
-    if (!c.names.q_norm.empty()) q_norm_.emplace(layer + c.names.q_norm, c.head_dim, c.norm_eps, load);
-    if (!c.names.k_norm.empty()) k_norm_.emplace(layer + c.names.k_norm, c.head_dim, c.norm_eps, load);
-  }
+        q_norm_(layer, c.names.q_norm, c, load),
+        k_norm_(layer, c.names.k_norm, c, load),
+        out_(load.row(layer + c.names.attention_out, c.num_heads * c.head_dim, c.hidden_size, c.attention_out_bias)) {}
 
   at::Tensor forward(const at::Tensor& x_ND, const RopeTable& table, const ForwardContext& context) const {
     const auto qkv = qkv_.forward(x_ND, context);
     const auto heads = [&](const at::Tensor& x) { return x.view({x.size(0), -1, head_dim_}); };
-    const at::Tensor q = q_norm_ ? (*q_norm_)(heads(qkv[0])) : heads(qkv[0]);
-    const at::Tensor k = k_norm_ ? (*k_norm_)(heads(qkv[1])) : heads(qkv[1]);
-    const auto [q_NHd, k_NKd] = ops::rope(q, k, table.cos_Td, table.sin_Td, context.batch.positions_N);
-    return row_forward(*out_, context.attention.attend(index_, q_NHd, k_NKd, heads(qkv[2]), rule_), context);
+    const auto [q_NHd, k_NKd] = table.turn(q_norm_(heads(qkv[0])), k_norm_(heads(qkv[1])), context.batch.positions_N);
+    ops::AttentionRule rule = rule_;
+    rule.dropout = base_dropout(dropout_, name_, context);
+    rule.first_head = context.tp.rank() * q_NHd.size(1);
+    const at::Tensor mixed_NO = context.attention.attend(index_, q_NHd, k_NKd, heads(qkv[2]), rule);
+    return ops::dropout_node(row_forward(*out_, mixed_NO, context),
+                             base_dropout(residual_dropout_, name_ + " out", context));
   }
 
   void collect(std::vector<AdaptedLinear*>& linears) const {
     qkv_.collect(linears);
     linears.push_back(out_.get());
   }
-  /// Each tensor-parallel rank sees only its own heads, so its gradient of a norm that all heads share is a part.
   void collect(std::vector<NamedWeight>& weights) {
-    if (q_norm_) q_norm_->collect(weights, GradientScope::everywhere);
-    if (k_norm_) k_norm_->collect(weights, GradientScope::everywhere);
+    q_norm_.collect(weights);
+    k_norm_.collect(weights);
   }
 
  private:
   int64_t index_, head_dim_;
+  std::string name_;
   ops::AttentionRule rule_;
+  double dropout_, residual_dropout_;
   Projections qkv_;
-  std::optional<Norm> q_norm_, k_norm_;
+  HeadNorm q_norm_, k_norm_;
   std::unique_ptr<AdaptedLinear> out_;
 };
 
 class FeedForward {
  public:
   FeedForward(const DecoderConfig& c, const std::string& layer, Loader& load)
-      : in_(layer, c.names.feed_forward_in, c.hidden_size, {c.intermediate_size, c.intermediate_size}, c.mlp_bias,
-            load),
-        out_(load.linear(layer + c.names.feed_forward_out, c.intermediate_size, c.hidden_size, Split::row,
-                         c.mlp_bias)) {}
+      : name_(layer + "feed_forward"),
+        activation_(c.activation),
+        residual_dropout_(c.residual_dropout),
+        in_(layer, c.names.feed_forward_in, c.hidden_size,
+            std::vector<int64_t>(c.activation == Activation::swiglu ? 2 : 1, c.intermediate_size), c.mlp_bias, load),
+        out_(load.row(layer + c.names.feed_forward_out, c.intermediate_size, c.hidden_size, c.mlp_bias)) {}
 
   at::Tensor forward(const at::Tensor& x_ND, const ForwardContext& context) const {
-    const auto gate_up = in_.forward(x_ND, context);
-    return row_forward(*out_, ops::swiglu(gate_up[0], gate_up[1]), context);
+    const auto in = in_.forward(x_ND, context);
+    const at::Tensor f_NF = activation_ == Activation::swiglu ? ops::swiglu(in[0], in[1]) : at::gelu(in[0], "tanh");
+    return ops::dropout_node(row_forward(*out_, f_NF, context),
+                             base_dropout(residual_dropout_, name_ + " out", context));
   }
 
   void collect(std::vector<AdaptedLinear*>& linears) const {
@@ -158,6 +253,9 @@ class FeedForward {
   }
 
  private:
+  std::string name_;
+  Activation activation_;
+  double residual_dropout_;
   Projections in_;
   std::unique_ptr<AdaptedLinear> out_;
 };
@@ -200,10 +298,12 @@ class Layer {
  private:
   Layer(const DecoderConfig& c, int64_t index, const std::string& name, Checkpointing checkpointing, Loader& load)
       : checkpointing_(checkpointing),
-        attention_norm_(name + c.names.attention_norm, c.hidden_size, c.norm_eps, load),
+        attention_norm_(name + c.names.attention_norm, c, load),
         attention_(c, index, name, load),
-        feed_forward_norm_(name + c.names.feed_forward_norm, c.hidden_size, c.norm_eps, load),
-        feed_forward_(c, name, load) {}
+        feed_forward_norm_(name + c.names.feed_forward_norm, c, load),
+        feed_forward_(c, name, load) {
+    for (const std::string& buffer : c.names.buffers) load.skip(name + buffer);
+  }
 
   Checkpointing checkpointing_;
   Norm attention_norm_;
@@ -219,7 +319,7 @@ class Decoder : public Model {
         tp_(tp),
         vocab_shard_(Shard::of(0, config.vocab_size, tp)),
         embedding_(load.vocabulary(config.names.embedding + ".weight", config.vocab_size, config.hidden_size)),
-        final_norm_(config.names.final_norm, config.hidden_size, config.norm_eps, load) {
+        final_norm_(config.names.final_norm, config, load) {
     for (int64_t i = 0; i < config.num_layers; ++i) {
       layers_.push_back(std::make_unique<Layer>(config, i, options.checkpointing, load));
     }
@@ -229,13 +329,19 @@ class Decoder : public Model {
     } else {
       head_ = load.vocabulary(head, config.vocab_size, config.hidden_size);
     }
+    if (!config.names.positions.empty()) {
+      positions_ = load.table(config.names.positions + ".weight", config.num_positions, config.hidden_size);
+      return;
+    }
     const auto table_dtype = options.dtype == at::kDouble ? at::kDouble : at::kFloat;
     std::tie(rope_.cos_Td, rope_.sin_Td) =
         rope_table(config.rope, config.head_dim, options.max_positions, table_dtype, options.device);
   }
 
   at::Tensor forward(const ForwardContext& context) const override {
-    Stream stream{ops::embedding(context.batch.tokens_N, embedding_, vocab_shard_.start, tp_), {}};
+    at::Tensor x_ND = ops::embedding(context.batch.tokens_N, embedding_, vocab_shard_.start, tp_);
+    if (positions_.defined()) x_ND = x_ND + ops::lookup(context.batch.positions_N, positions_);
+    Stream stream{ops::dropout_node(x_ND, base_dropout(config_.embedding_dropout, "embedding", context)), {}};
     for (const auto& layer : layers_) stream = layer->forward(stream, rope_, context);
     return final_norm_.add(stream.h_ND, stream.delta_ND).second;
   }
@@ -254,6 +360,9 @@ class Decoder : public Model {
     const std::vector<int64_t> vocabulary{config_.vocab_size, config_.hidden_size};
     const DecoderNames& names = config_.names;
     std::vector<NamedWeight> result{{names.embedding + ".weight", vocabulary, vocab_shard_, true, &embedding_}};
+    if (positions_.defined()) {
+      result.push_back({names.positions + ".weight", positions_.value.sizes().vec(), {}, true, &positions_});
+    }
     for (const auto& layer : layers_) layer->collect(result);
     final_norm_.collect(result);
     if (!config_.tied_head) result.push_back({names.head + ".weight", vocabulary, vocab_shard_, true, &head_});
@@ -270,7 +379,7 @@ class Decoder : public Model {
   DecoderConfig config_;
   Communicator& tp_;
   Shard vocab_shard_;
-  ops::Weight embedding_, head_;
+  ops::Weight embedding_, positions_, head_;
   std::vector<std::unique_ptr<Layer>> layers_;
   Norm final_norm_;
   RopeTable rope_;
@@ -291,9 +400,17 @@ void check_split(const DecoderConfig& config, int tensor) {
   require_divides("feed-forward features (intermediate_size)", config.intermediate_size, tensor);
 }
 
+void check_positions(const DecoderConfig& config, int64_t positions) {
+  if (config.num_positions == 0 || positions <= config.num_positions) return;
+  throw ConfigError(
+      fmt::format("data.seq_len (in generation: prompt and new tokens together): {} tokens are more than the {} "
+                  "positions that the model has learned. Ask for {} at most.",
+                  positions, config.num_positions, config.num_positions));
+}
+
 std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options, WeightSource& weights,
                                     Communicator& tp) {
-  return std::make_unique<Decoder>(config, options, Loader(options, weights, tp), tp);
+  return std::make_unique<Decoder>(config, options, Loader(config, options, weights, tp), tp);
 }
 
 }  // namespace corank

@@ -21,7 +21,7 @@ DecoderConfig llama_like_config(const ConfigFile& file) {
   c.rope = rope_config(file);
   const auto activation = file.get<std::string>("hidden_act", "silu");
   if (activation != "silu") file.refuse(fmt::format("hidden_act is {}, not silu", activation));
-  if (file.get<double>("attention_dropout", 0.0) != 0) file.refuse("attention_dropout is not 0");
+  c.attention_dropout = file.get_probability("attention_dropout", 0);
   if (file.has("quantization_config")) file.refuse("quantization_config is set: the weights are already quantised");
   return c;
 }

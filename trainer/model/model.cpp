@@ -2,6 +2,14 @@
 
 namespace corank {
 
+std::set<std::string> transposed_weights(Model& model) {
+  std::set<std::string> names;
+  for (const AdaptedLinear* linear : model.linears()) {
+    if (linear->site().fan_in_fan_out) names.insert(linear->name() + ".weight");
+  }
+  return names;
+}
+
 int64_t num_base_parameters(Model& model) {
   int64_t total = 0;
   for (const AdaptedLinear* linear : model.linears()) total += linear->num_base_parameters();

@@ -1,5 +1,6 @@
 #pragma once
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,8 @@ class Model {
   virtual int64_t head_dim() const = 0;
 };
 
+/// Names of the weights that the family's files hold as [in, out]; everywhere else they are [out, in].
+std::set<std::string> transposed_weights(Model& model);
 /// All base parameters, full sizes.
 int64_t num_base_parameters(Model& model);
 /// Bytes of base weights on this rank's device.

@@ -26,6 +26,20 @@ at::Tensor causal_mask(int64_t queries, int64_t keys, int64_t window, const at::
   return window > 0 ? future + hidden.tril_(offset - window) : future;
 }
 
+constexpr int64_t kKeys = int64_t{1} << 20;  // places of keys that dropout tells apart in a head
+
+/// Probabilities [1, H, T, T] of one segment, whose tokens are `dropout.slots_N`.
+at::Tensor drop(const at::Tensor& p_1HTT, const AttentionRule& rule) {
+  if (!rule.dropout.active()) return p_1HTT;
+  variable_list heads;
+  for (int64_t head = 0; head < p_1HTT.size(1); ++head) {
+    Dropout dropout = rule.dropout;
+    dropout.feature_offset = (rule.first_head + head) * kKeys;
+    heads.push_back(dropout_node(p_1HTT[0][head], dropout));
+  }
+  return at::stack(heads).unsqueeze(0);
+}
+
 /// Plain causal attention of the last rows of one sequence.
 at::Tensor plain_segment(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd,
                          const AttentionRule& rule) {
@@ -36,7 +50,7 @@ at::Tensor plain_segment(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const
   const at::Tensor v = heads_first(v_TKd).repeat_interleave(group, 1).to(dtype);
   const at::Tensor mask = causal_mask(q.size(2), k.size(2), rule.window, q.options());
   const at::Tensor scores = at::matmul(q, k.transpose(-1, -2)) * rule.scale + mask;
-  return tokens_first(at::matmul(at::softmax(scores, -1), v)).to(q_NHd.scalar_type());
+  return tokens_first(at::matmul(drop(at::softmax(scores, -1), rule), v)).to(q_NHd.scalar_type());
 }
 
 struct Call : torch::CustomClassHolder {
@@ -101,13 +115,15 @@ at::Tensor plain_forward(const at::Tensor& q, const at::Tensor& k, const at::Ten
   int64_t start = 0;
   for (int64_t length : call.segments.lengths) {
     const auto part = [&](const at::Tensor& x) { return x.narrow(0, start, length); };
-    outputs.push_back(plain_segment(part(q), part(k), part(v), call.rule));
+    AttentionRule rule = call.rule;
+    if (rule.dropout.active()) rule.dropout.slots_N = part(rule.dropout.slots_N);
+    outputs.push_back(plain_segment(part(q), part(k), part(v), rule));
     start += length;
   }
   return at::cat(outputs, 0);
 }
 
-/// The plain formula again under autograd: slow and obviously right, for dtypes that no CUDA kernel takes.
+/// The plain formula again under autograd: slow and obviously right, for what no kernel takes.
 variable_list plain_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor&, const Call& call, const variable_list&) {
   const at::AutoGradMode grad_mode(true);
@@ -167,6 +183,7 @@ variable_list flash_backward(const at::Tensor& grad, const at::Tensor& q, const 
 const Kernel& kernel_for(const at::Tensor& q, const Call& call) {
   static constexpr Kernel cpu{cpu_forward, cpu_backward}, plain{plain_forward, plain_backward},
       cudnn{cudnn_forward, cudnn_backward}, flash{flash_forward, flash_backward};
+  if (call.rule.dropout.active()) return plain;
   if (!q.is_cuda()) return cpu;
   if (q.scalar_type() != at::kBFloat16) return plain;
   // cuDNN's backward refuses some short or odd shapes; FlashAttention-2 takes every one.
