@@ -19,26 +19,30 @@ from make_golden import (
     write_batch, write_tensors)
 
 LENGTHS = [5, 24, 9, 13, 7, 18, 11, 21, 6, 15, 8, 12]
-SIZES = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
 LORA = dict(r=4, lora_alpha=8, target_modules=LINEARS)
 
+
+def sizes():
+    return dict(
+        vocab_size=61, hidden_size=32, intermediate_size=52, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})  # Phi-3 adds to it
+
+
 CASES = {
-    "qwen2": (transformers.Qwen2Config(**SIZES, tie_word_embeddings=True), LORA),
+    "qwen2": (transformers.Qwen2Config(**sizes(), tie_word_embeddings=True), LORA),
     "qwen2_window": (  # of the second layer only
         transformers.Qwen2Config(
-            **SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1), LORA),
-    "qwen3": (transformers.Qwen3Config(**SIZES, head_dim=16), LORA),
-    "mistral": (transformers.MistralConfig(**SIZES, sliding_window=8), LORA),
+            **sizes(), use_sliding_window=True, sliding_window=6, max_window_layers=1), LORA),
+    "qwen3": (transformers.Qwen3Config(**sizes(), head_dim=16), LORA),
+    "mistral": (transformers.MistralConfig(**sizes(), sliding_window=8), LORA),
     "phi3": (
-        transformers.Phi3Config(**SIZES, sliding_window=20, pad_token_id=None, eos_token_id=None),
+        transformers.Phi3Config(**sizes(), sliding_window=20, pad_token_id=None, eos_token_id=None),
         dict(r=4, lora_alpha=8, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])),
     "gpt2": (
         transformers.GPT2Config(
             vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=52,
-            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None),
         dict(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
 }
 
