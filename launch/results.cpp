@@ -1,6 +1,7 @@
 #include "launch/results.h"
 
 #include <filesystem>
+#include <set>
 
 #include "data/file.h"
 #include "data/safetensors.h"
@@ -12,10 +13,13 @@ namespace {
 namespace fs = std::filesystem;
 
 /// Weights in the run's dtype, and everything else of the base folder but its weights.
-void write_model_folder(const std::string& folder, const RunConfig& run, const AdapterFile& weights) {
+void write_model_folder(const std::string& folder, const RunConfig& run, const AdapterFile& weights,
+                        const std::set<std::string>& transposed) {
   make_folders(folder);
   std::vector<std::pair<std::string, at::Tensor>> tensors;
-  for (const auto& [name, tensor] : weights.tensors) tensors.emplace_back(name, tensor.to(run.model.dtype));
+  for (const auto& [name, tensor] : weights.tensors) {
+    tensors.emplace_back(name, (transposed.count(name) ? tensor.t() : tensor).to(run.model.dtype));
+  }
   write_file_atomically(folder + "/model.safetensors", safetensors_image(tensors));
   write_file_atomically(folder + "/config.json", model_config_json(run.model));
   if (run.model.path.empty()) return;
@@ -38,7 +42,7 @@ void write_result(Session& session, const RunIdentity& identity) {
   const AdapterFile result = collect_adapter(session.store(), session.method(), identity, session.mesh().tp());
   on_rank_0(session.mesh().world(), [&] {
     if (session.method().trains_base()) {
-      write_model_folder(result_path(session), session.run(), result);
+      write_model_folder(result_path(session), session.run(), result, transposed_weights(session.model()));
     } else {
       write_peft_folder(result_path(session), result);
     }

@@ -38,6 +38,7 @@ Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh
     check_adapter(*file, run_.adapter.path);
     run_.adapter = merge_with_file(run_.adapter, run_.adapter_keys, file->config, linear_names(*model_));
   }
+  run_.adapter.fan_in_fan_out = !transposed_weights(*model_).empty();
   method_ = make_method(run_.adapter);
   start_method(*method_, *model_, store_, *mesh_, run_.model.dtype, static_cast<uint64_t>(run_.train.seed),
                file ? &*file : nullptr);

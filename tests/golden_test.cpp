@@ -2,72 +2,29 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <fstream>
-#include <nlohmann/json.hpp>
 
-#include "data/file.h"
-#include "data/safetensors.h"
-#include "tests/support.h"
+#include "data/weight_file.h"
+#include "tests/golden_case.h"
 #include "trainer/adapter/rank_budget.h"
 #include "trainer/generation.h"
 #include "trainer/ops/mora.h"
 
-// Against values that transformers and PEFT computed (tests/golden/make_golden.py), float32 on the CPU. Bounds:
-// methods 13.
+// Against values that transformers and PEFT computed (tests/golden/make_golden.py, make_families.py), float32 on the
+// CPU. Bounds: methods 13.
 namespace corank::test {
 namespace {
 
 using nlohmann::json;
 
-class Golden {
- public:
-  /// Cases below methods/ share model and batch of the case llama.
-  explicit Golden(const std::string& name)
-      : folder_(golden(name)),
-        base_(name.starts_with("methods/") ? golden("llama") : folder_),
-        batch_(json::parse(read_file(base_ + "/batch.json"))),
-        reference_(folder_ + "/reference.safetensors") {}
-
-  const json& batch() const { return batch_; }
-  at::Tensor value(const std::string& name) const { return reference_.read(name); }
-  double number(const std::string& name) const { return value(name).item<double>(); }
-  bool has(const std::string& name) const { return reference_.tensors().count(name) > 0; }
-  std::string path(const std::string& name) const { return folder_ + "/" + name; }
-  std::string model() const { return base_ + "/model"; }
-
-  std::vector<int64_t> tokens(int64_t sample) const {
-    return batch_["samples"][sample]["tokens"].get<std::vector<int64_t>>();
-  }
-
-  /// Samples as rows of one global batch, split as batch.json says.
-  StepBatches batches() const {
-    StepBatches step;
-    for (const json& rows : batch_["micro_batches"]) {
-      std::vector<std::vector<Sample>> sequences;
-      for (const json& index : rows) sequences.push_back({sample(index.get<int64_t>())});
-      step.micro_batches.push_back(make_batch(sequences, 0, 512));
-      step.num_targets += step.micro_batches.back().num_targets();
-      step.num_tokens += step.micro_batches.back().num_tokens();
-    }
-    return step;
-  }
-
- private:
-  Sample sample(int64_t index) const {
-    const json& s = batch_["samples"][index];
-    return {at::tensor(s["tokens"].get<std::vector<int64_t>>(), at::kLong).to(at::kInt),
-            at::tensor(s["loss_mask"].get<std::vector<int64_t>>(), at::kLong).to(at::kByte)};
-  }
-
-  std::string folder_, base_;
-  json batch_;
-  SafetensorsFile reference_;
-};
+std::string case_name(const testing::TestParamInfo<std::string>& param) {
+  return param.param.substr(param.param.rfind('/') + 1);
+}
 
 ModelOptions model_at(const std::string& path, at::ScalarType dtype = at::kFloat) {
   ModelOptions options;
   options.path = path;
   options.dtype = dtype;
-  options.max_positions = 512;
+  options.max_positions = 64;
   return options;
 }
 
@@ -159,10 +116,26 @@ TEST_P(LoraGolden, WrongScalingIsSeen) {
   EXPECT_GT(relative_error(all_logits(*run.model, golden_.tokens(0), run.mesh.tp()), golden_.value("logits.0")), 1e-5);
 }
 
+/// Token by token with a cache, against the whole sequence at once.
+TEST_P(LoraGolden, GenerationTakesTheLikeliestToken) {
+  const auto run = start();
+  std::vector<int64_t> tokens = golden_.tokens(1);
+  tokens.resize(6);
+  GenerationOptions options;
+  options.max_new_tokens = 18;
+  for (const int64_t next : generate(*run->model, tokens, options, run->mesh.tp())) {
+    const at::Tensor logits_TV = all_logits(*run->model, tokens, run->mesh.tp());
+    EXPECT_EQ(next, logits_TV[-1].argmax().item<int64_t>()) << "after " << tokens.size() << " tokens";
+    tokens.push_back(next);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Cases, LoraGolden,
                          testing::Values("llama", "llama_tied_llama3rope", "llama_biased_headdim", "methods/dora",
                                          "methods/adalora", "methods/rslora", "methods/modules_to_save",
-                                         "methods/loraplus"));
+                                         "methods/loraplus"),
+                         case_name);
+INSTANTIATE_TEST_SUITE_P(Families, LoraGolden, testing::ValuesIn(family_cases()), case_name);
 
 /// Which triplets of a module live: "0110...".
 std::string alive(const at::Tensor& e_R1) {
@@ -369,9 +342,9 @@ TEST(MoraGolden, OutputsAndGradientsOfEveryTypeAndShape) {
   }
 }
 
-class FullGolden : public testing::Test {
+class FullGolden : public testing::TestWithParam<std::string> {
  protected:
-  FullGolden() : golden_("llama_biased_headdim"), full_(golden_.path("full.safetensors")) {}
+  FullGolden() : golden_(GetParam()), full_(golden_.path("full.safetensors")) {}
 
   std::unique_ptr<TrainingRun> start() {
     AdapterConfig config;
@@ -383,26 +356,58 @@ class FullGolden : public testing::Test {
   SafetensorsFile full_;
 };
 
-TEST_F(FullGolden, LossAndEveryGradientMatch) {
+TEST_P(FullGolden, LossAndEveryGradientMatch) {
   const auto run = start();
   EXPECT_NEAR(accumulate(*run, golden_.batches()) / full_.read("full.loss").item<double>(), 1, 1e-6);
+  const auto transposed = transposed_weights(*run->model);
   int64_t compared = 0;
   for (const auto& entry : full_.tensors()) {
     if (!entry.first.starts_with("full.grad.")) continue;
     const std::string name = entry.first.substr(10);
-    EXPECT_LT(relative_error(run->store.at(name).gradient, full_.read(entry.first)), 1e-4) << name;
+    const at::Tensor theirs = full_.read(entry.first), ours = run->store.at(name).gradient;
+    EXPECT_LT(relative_error(transposed.count(name) ? ours.t() : ours, theirs), 1e-4) << name;
     ++compared;
   }
   EXPECT_EQ(compared, static_cast<int64_t>(run->store.parameters().size()));
 }
 
-TEST_F(FullGolden, TwentyStepsMatch) {
+TEST_P(FullGolden, TwentyStepsMatch) {
   const auto run = start();
   const at::Tensor losses = full_.read("full.losses_20");
   for (int64_t step = 1; step <= 20; ++step) {
     const StepStats stats = run->step(golden_.batches(), step, 1e-4, /*max_grad_norm=*/0);
     EXPECT_NEAR(stats.loss / losses[step - 1].item<double>(), 1, 1e-4) << "step " << step;
   }
+}
+
+/// The model's names and the file's are the same, each once.
+TEST_P(FullGolden, EveryTensorOfTheFileHasItsName) {
+  const auto run = start();
+  std::vector<std::string> names;
+  for (const auto& p : run->store.parameters()) names.push_back(p.spec.name);
+  std::sort(names.begin(), names.end());
+  EXPECT_EQ(names, WeightFile(golden_.path("model")).names());
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, FullGolden, testing::Values("llama_biased_headdim"), case_name);
+INSTANTIATE_TEST_SUITE_P(Families, FullGolden, testing::ValuesIn(family_cases()), case_name);
+
+/// The folder of "gpt2" itself has names without "transformer.", and the causal masks.
+TEST(Gpt2, AFolderOfTheBareModelIsTheSameModel) {
+  const Golden gpt2("families/gpt2");
+  const TemporaryFolder folder;
+  WeightFile weights(gpt2.path("model"));
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const std::string& name : weights.names()) tensors.emplace_back(name.substr(12), weights.read(name));
+  for (const char* layer : {"h.0", "h.1"}) {
+    tensors.emplace_back(std::string(layer) + ".attn.bias", at::ones({1, 1, 64, 64}).tril());
+  }
+  write_file_atomically(folder.path("model.safetensors"), safetensors_image(tensors));
+  write_file_atomically(folder.path("config.json"), read_file(gpt2.path("model/config.json")));
+  Ledger ledger;
+  const auto solo = make_solo_communicator(at::kCPU, ledger);
+  const auto bare = load_model(model_at(folder.path()), *solo), whole = load_model(model_at(gpt2.path("model")), *solo);
+  EXPECT_TRUE(at::equal(all_logits(*bare, gpt2.tokens(1), *solo), all_logits(*whole, gpt2.tokens(1), *solo)));
 }
 
 TEST(TargetModules, MatchPeft) {

@@ -11,6 +11,7 @@
 #include "trainer/ops/dora.h"
 #include "trainer/ops/dropout.h"
 #include "trainer/ops/embedding.h"
+#include "trainer/ops/layer_norm.h"
 #include "trainer/ops/linear.h"
 #include "trainer/ops/mora.h"
 #include "trainer/ops/philox.h"
@@ -221,6 +222,36 @@ TEST(RmsNorm, ForwardAndGradients) {
   EXPECT_LT(gradient_error(first, {h, w}), kGradientBound);
 }
 
+TEST(LayerNorm, ForwardAndGradients) {
+  const at::Tensor h = leaf({4, 6}, "h"), delta = leaf({4, 6}, "delta"), w = leaf({6}, "w"), b = leaf({6}, "b");
+  const auto [sum, y] = add_layer_norm(h, delta, trainable(w), trainable(b), 1e-5);
+  const at::Tensor plain = h + delta, centred = plain - plain.mean(-1, true);
+  EXPECT_TRUE(at::equal(sum, plain));
+  EXPECT_LT(relative_error(y, centred * (centred.square().mean(-1, true) + 1e-5).rsqrt() * w + b), 1e-14);
+  const auto f = [&] {
+    const auto [s, z] = add_layer_norm(h, delta, trainable(w), trainable(b), 1e-5);
+    return weigh(s * s) + weigh(z);
+  };
+  EXPECT_LT(gradient_error(f, {h, delta, w, b}), kGradientBound);
+  const Weight frozen_w{w.detach(), {}}, frozen_b{b.detach(), {}};
+  const auto first = [&] { return weigh(add_layer_norm(h, {}, frozen_w, frozen_b, 1e-5).second); };
+  EXPECT_LT(gradient_error(first, {h}), kGradientBound);
+}
+
+TEST(LayerNorm, KeepsStatisticsOfBFloat16RowsInFloat32) {
+  const at::Tensor x = (random({16, 64}, "x") + 20).to(at::kBFloat16).requires_grad_();
+  const Weight w{random({64}, "w").to(at::kBFloat16), {}}, b{random({64}, "b").to(at::kBFloat16), {}};
+  const at::Tensor wide = x.detach().to(at::kDouble).requires_grad_();
+  const Weight wide_w{w.value.to(at::kDouble), {}}, wide_b{b.value.to(at::kDouble), {}};
+  const at::Tensor y = add_layer_norm(x, {}, w, b, 1e-5).second,
+                   z = add_layer_norm(wide, {}, wide_w, wide_b, 1e-5).second;
+  EXPECT_LT(relative_error(y, z), 4e-3);
+  const at::Tensor g = random({16, 64}, "g");
+  EXPECT_LT(relative_error(torch::autograd::grad({y}, {x}, {g.to(at::kBFloat16)})[0],
+                           torch::autograd::grad({z}, {wide}, {g})[0]),
+            1e-2);
+}
+
 TEST(Rope, TurnsPairsAndBackwardTurnsBack) {
   const at::Tensor q = leaf({5, 3, 4}, "q"), k = leaf({5, 1, 4}, "k");
   const at::Tensor angle = random({9, 2}, "angle"),
@@ -253,17 +284,17 @@ Segments segments_of(std::vector<int64_t> lengths) {
 TEST(Attention, IsThePlainFormulaWithGroupedQueries) {
   const at::Tensor q = leaf({9, 4, 6}, "q"), k = leaf({9, 2, 6}, "k"), v = leaf({9, 2, 6}, "v");
   const Segments s = segments_of({4, 1, 4});
-  EXPECT_LT(relative_error(attention(q, k, v, s, 0.4), attention_reference(q, k, v, s, 0.4)), 1e-13);
-  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, 0.4)); }, {q, k, v}), kGradientBound);
+  EXPECT_LT(relative_error(attention(q, k, v, s, {0.4}), attention_reference(q, k, v, s, {0.4})), 1e-13);
+  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, {0.4})); }, {q, k, v}), kGradientBound);
 }
 
 TEST(Attention, NothingCrossesSegmentsOrComesFromTheFuture) {
   const at::Tensor q = random({6, 2, 4}, "q"), k = random({6, 2, 4}, "k"), v = random({6, 2, 4}, "v");
   const Segments s = segments_of({3, 3});
-  const at::Tensor before = attention(q, k, v, s, 1);
+  const at::Tensor before = attention(q, k, v, s, {1});
   k.narrow(0, 2, 1).mul_(5);
   v.narrow(0, 2, 1).add_(3);
-  const at::Tensor after = attention(q, k, v, s, 1);
+  const at::Tensor after = attention(q, k, v, s, {1});
   EXPECT_TRUE(at::equal(before.narrow(0, 0, 2), after.narrow(0, 0, 2)));  // earlier tokens
   EXPECT_TRUE(at::equal(before.narrow(0, 3, 3), after.narrow(0, 3, 3)));  // the other segment
   EXPECT_FALSE(at::equal(before[2], after[2]));
@@ -271,8 +302,46 @@ TEST(Attention, NothingCrossesSegmentsOrComesFromTheFuture) {
 
 TEST(Attention, CachedIsTheLastRows) {
   const at::Tensor q = random({6, 4, 4}, "q"), k = random({6, 2, 4}, "k"), v = random({6, 2, 4}, "v");
-  const at::Tensor all = attention_reference(q, k, v, segments_of({6}), 0.5);
-  EXPECT_LT(relative_error(cached_attention(q.narrow(0, 4, 2), k, v, 0.5), all.narrow(0, 4, 2)), 1e-14);
+  const at::Tensor all = attention_reference(q, k, v, segments_of({6}), {0.5});
+  EXPECT_LT(relative_error(cached_attention(q.narrow(0, 4, 2), k, v, {0.5}), all.narrow(0, 4, 2)), 1e-14);
+}
+
+/// The plain formula itself: each token's softmax over the keys that the window leaves.
+TEST(Attention, AWindowHoldsTheTokenAndTheOnesBeforeIt) {
+  const at::Tensor q = leaf({12, 4, 6}, "q"), k = leaf({12, 2, 6}, "k"), v = leaf({12, 2, 6}, "v");
+  const Segments s = segments_of({7, 2, 3});
+  const AttentionRule rule{0.4, 3};
+  const at::Tensor y = attention(q, k, v, s, rule).view({12, 4, 6});
+  for (const int64_t token : {0, 1, 2, 3, 6, 8, 11}) {
+    const int64_t segment = token < 7 ? 0 : token < 9 ? 7 : 9, first = std::max(segment, token - 2);
+    const at::Tensor keys = k.narrow(0, first, token + 1 - first), values = v.narrow(0, first, token + 1 - first);
+    const at::Tensor p = at::softmax(at::mv(keys.select(1, 1), q[token][2]) * 0.4, 0);
+    EXPECT_LT(relative_error(y[token][2], at::mv(values.select(1, 1).t(), p)), 1e-13) << token;
+  }
+  EXPECT_LT(relative_error(y, attention_reference(q, k, v, s, rule).view({12, 4, 6})), 1e-13);
+  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, rule)); }, {q, k, v}), kGradientBound);
+  const at::Tensor last = cached_attention(q.narrow(0, 5, 2), k.narrow(0, 0, 7), v.narrow(0, 0, 7), rule);
+  EXPECT_LT(relative_error(last.view({2, 4, 6}), y.narrow(0, 5, 2)), 1e-13);
+}
+
+/// Dropout of probabilities: the plain formula with a mask that depends on query, head and key alone.
+TEST(Attention, DropoutHasTheSameMaskInEveryLayout) {
+  const at::Tensor q = leaf({7, 4, 6}, "q"), k = leaf({7, 2, 6}, "k"), v = leaf({7, 2, 6}, "v");
+  AttentionRule rule{0.4};
+  rule.dropout = {0.3, 5, at::arange(20, 27, at::TensorOptions(at::kLong)), 0};
+  const at::Tensor all = attention(q, k, v, segments_of({3, 4}), rule).view({7, 4, 6});
+  EXPECT_GT(relative_error(attention(q, k, v, segments_of({3, 4}), {0.4}).view({7, 4, 6}), all), 0.1);
+  // the second segment and the last two heads alone: another micro-batch, another tensor-parallel rank
+  AttentionRule part = rule;
+  part.dropout.slots_N = rule.dropout.slots_N.narrow(0, 3, 4);
+  part.first_head = 2;
+  const auto heads = [](const at::Tensor& x, int64_t first, int64_t count) {
+    return x.narrow(0, 3, 4).narrow(1, first, count).contiguous();
+  };
+  const at::Tensor alone = attention(heads(q, 2, 2), heads(k, 1, 1), heads(v, 1, 1), segments_of({4}), part);
+  EXPECT_LT(relative_error(alone.view({4, 2, 6}), heads(all, 2, 2)), 1e-14);
+  const auto f = [&] { return weigh(attention(q, k, v, segments_of({3, 4}), rule)); };
+  EXPECT_LT(gradient_error(f, {q, k, v}), kGradientBound);
 }
 
 class CrossEntropyTest : public testing::Test {
@@ -311,6 +380,12 @@ TEST_F(CrossEntropyTest, EmbeddingGradients) {
   const at::Tensor w = leaf({6, 3}, "table"), tokens = at::tensor({5, 0, 5, 2}, at::TensorOptions(at::kLong));
   EXPECT_TRUE(at::equal(embedding(tokens, trainable(w), 0, *solo_), w.index_select(0, tokens)));
   EXPECT_LT(gradient_error([&] { return weigh(embedding(tokens, trainable(w), 0, *solo_)); }, {w}), kGradientBound);
+}
+
+TEST(Lookup, Gradients) {
+  const at::Tensor w = leaf({6, 3}, "table"), rows = at::tensor({5, 0, 5, 2}, at::TensorOptions(at::kLong));
+  EXPECT_TRUE(at::equal(lookup(rows, trainable(w)), w.index_select(0, rows)));
+  EXPECT_LT(gradient_error([&] { return weigh(lookup(rows, trainable(w))); }, {w}), kGradientBound);
 }
 
 TEST(Recompute, GivesTheSameGradientsWithoutKeepingActivations) {

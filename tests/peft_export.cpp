@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   ModelOptions options;
   options.path = argv[1];
   options.dtype = at::kFloat;
+  options.max_positions = 64;
   AdapterConfig config;
   if (argc > 3) config.method = argv[3];
   config.adalora.init_r = 6;
@@ -25,12 +26,13 @@ int main(int argc, char** argv) {
     config.alpha_pattern = {{"v_proj", 7}};
   }
   test::TrainingRun run(nullptr, 1, options, config);
-  const at::Tensor tokens = at::arange(3, 27, at::TensorOptions(at::kInt)) * 4 % 97;
+  const at::Tensor tokens = at::arange(3, 27, at::TensorOptions(at::kInt)) * 4 % 61;
   StepBatches batches;
   batches.micro_batches = {make_batch({{{tokens, at::ones({24}, at::TensorOptions(at::kByte))}}}, 0, 64)};
   batches.num_targets = batches.micro_batches[0].num_targets();
   batches.num_tokens = 24;
   for (int64_t step = 1; step <= 3; ++step) run.step(batches, step, 1e-2);
+  config.fan_in_fan_out = !transposed_weights(*run.model).empty();
   const std::string out = argv[2];
   write_peft_folder(out + "/adapter", collect_adapter(run.store, *run.method, {"", config, argv[1]}, run.mesh.tp()));
   const at::Tensor ids = tokens.to(at::kLong);

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kSteps = 20;
 
 struct Setting {
-  std::string name, method = "lora";
+  std::string name, method = "lora", shape = "tiny-llama";
   int64_t mora_type = 1;
   std::vector<std::string> modules_to_save = {};
   double dropout = 0;
@@ -32,7 +32,7 @@ std::ostream& operator<<(std::ostream& out, const Setting& setting) { return out
 
 ModelOptions tiny(const Setting& setting) {
   ModelOptions options;
-  options.shape = "tiny-llama";
+  options.shape = setting.shape;
   options.dtype = setting.dtype;
   options.quantization = setting.quantization;
   options.max_positions = 64;

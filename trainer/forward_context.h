@@ -1,6 +1,7 @@
 #pragma once
 #include "comm/communicator.h"
 #include "data/batch.h"
+#include "trainer/ops/attention.h"
 
 namespace corank {
 
@@ -10,7 +11,7 @@ class AttentionCore {
   virtual ~AttentionCore() = default;
   /// q_NHd, k_NKd (both turned by their positions), v_NKd of layer `layer` -> [N, H * d].
   virtual at::Tensor attend(int64_t layer, const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
-                            double scale) = 0;
+                            const ops::AttentionRule& rule) = 0;
 };
 
 /// What one forward pass is about. Borrowed by everything it passes through, until backward is done.

@@ -15,10 +15,10 @@ class CachedAttention : public AttentionCore {
   explicit CachedAttention(int64_t num_layers) : keys_(num_layers), values_(num_layers) {}
 
   at::Tensor attend(int64_t layer, const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
-                    double scale) override {
+                    const ops::AttentionRule& rule) override {
     append(keys_[layer], k_NKd);
     append(values_[layer], v_NKd);
-    return ops::cached_attention(q_NHd, keys_[layer], values_[layer], scale);
+    return ops::cached_attention(q_NHd, keys_[layer], values_[layer], rule);
   }
 
  private:

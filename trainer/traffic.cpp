@@ -12,20 +12,16 @@ namespace {
 constexpr int64_t kMasterBytes = 4;
 
 /// Gradients of what no adapter sits on: all of it, or what stands in modules_to_save.
-int64_t other_gradients(const TrafficShape& shape, bool full, int tensor) {
-  int64_t elements = 0;
+GradientSizes other_gradients(const TrafficShape& shape, bool full) {
+  GradientSizes sizes;
   for (const auto& other : shape.others) {
     if (!full && !other.saved) continue;
-    elements += other.shape.size() == 2 ? (other.shape[0] + tensor - 1) / tensor * other.shape[1] : other.shape[0];
+    (other.scope == GradientScope::data ? sizes.data : sizes.everywhere) += other.elements;
   }
-  return elements;
+  return sizes;
 }
 
-bool embedding_trains(const TrafficShape& shape, bool full) {
-  return full || std::any_of(shape.others.begin(), shape.others.end(), [](const auto& other) {
-           return other.saved && other.name.ends_with("embed_tokens.weight");
-         });
-}
+bool embedding_trains(const TrafficShape& shape, bool full) { return full || shape.others.front().saved; }
 
 /// The linears that train, with their sizes.
 std::vector<LinearSize> trained_linears(const TrafficShape& shape, const AdapterConfig& adapter, bool full) {
@@ -81,7 +77,7 @@ TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
   for (const NamedWeight& weight : model.other_weights()) {
     const bool is_saved =
         std::any_of(saved.begin(), saved.end(), [&](const NamedWeight& one) { return one.name == weight.name; });
-    shape.others.push_back({weight.name, weight.shape, is_saved});
+    shape.others.push_back({weight.weight->value.numel(), weight.scope, is_saved});
   }
   return shape;
 }
@@ -92,7 +88,7 @@ std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const A
   const auto method = make_method(adapter);
   const bool full = method->trains_base();
   const auto trained = trained_linears(shape, adapter, full);
-  GradientSizes sizes{0, other_gradients(shape, full, tensor)};
+  GradientSizes sizes = other_gradients(shape, full);
   for (const LinearSize& linear : trained) {
     const GradientSizes one = method->gradient_sizes(linear, tensor);
     sizes.everywhere += one.everywhere;

@@ -19,7 +19,8 @@ struct LinearSite {
   std::string name;         ///< module path, e.g. model.layers.0.self_attn.q_proj
   int64_t in = 0, out = 0;  ///< full sizes
   Split split = Split::column;
-  Shard in_shard, out_shard;  ///< this rank's block of the input and output features, as dim 0 of a vector
+  Shard in_shard, out_shard;    ///< this rank's block of the input and output features, as dim 0 of a vector
+  bool fan_in_fan_out = false;  ///< the family's files hold the weight as [in, out] (GPT-2's Conv1D)
 
   bool row() const { return split == Split::row; }
 };

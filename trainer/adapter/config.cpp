@@ -140,12 +140,14 @@ bool is_all_linear(std::string text) {
 /// PEFT would adapt the head and the embedding too, and refuse norms; here only the blocks' linears take an adapter.
 void require_only_linears(const AdapterConfig& config) {
   if (config.all_linear) return;
-  for (const char* other : {"lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm",
-                            "model.layers.0.post_attention_layernorm"}) {
+  for (const char* other :
+       {"lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm", "model.layers.0.self_attn.q_norm", "model.layers.0.self_attn.k_norm",
+        "transformer.wte", "transformer.wpe", "transformer.ln_f", "transformer.h.0.ln_1", "transformer.h.0.ln_2"}) {
     if (!config.target_modules.matches(other) || config.exclude_modules.matches(other)) continue;
     throw ConfigError(
         fmt::format("adapter.target_modules: matches {}, which cannot take an adapter. Name linears of the blocks "
-                    "only (q_proj ... down_proj).",
+                    "only (q_proj ... down_proj; GPT-2: c_attn, c_proj, c_fc).",
                     other));
   }
 }

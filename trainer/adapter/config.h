@@ -52,7 +52,8 @@ struct AdapterConfig {
   int64_t mora_type = 1;
   std::optional<int64_t> pissa_niter;        ///< subspace iterations of a randomised decomposition; none: exact
   double loraplus_lr_ratio = 1;              ///< LoRA+ (arXiv 2402.12354): learning rate of B over that of A
-  std::vector<std::string> modules_to_save;  ///< embed_tokens, lm_head, norm: trained in full beside the adapter
+  std::vector<std::string> modules_to_save;  ///< embedding, head, last norm: trained in full beside the adapter
+  bool fan_in_fan_out = false;               ///< of the model's files, for PEFT; no key of the run file
   std::string path;                          ///< PEFT folder or corank checkpoint to start from
 
   /// Rank and scaling of one module: patterns first, then r and lora_alpha; alpha / r, or alpha / sqrt(r) with rsLoRA.

@@ -11,6 +11,7 @@ void train(const NamedWeight& named, ParameterStore& store) {
   spec.shape = named.shape;
   spec.shard = named.shard;
   spec.decays = named.decays;
+  spec.scope = named.scope;
   spec.initialise = [old = named.weight->value](const at::Tensor& local) { local.copy_(old); };
   spec.bind = [weight = named.weight](const ops::Weight& w) { *weight = w; };
   store.add(std::move(spec));

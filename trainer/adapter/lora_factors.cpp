@@ -9,6 +9,16 @@ namespace {
 
 using Fill = std::function<void(const ParameterSpec&, const at::Tensor&)>;
 
+/// A block of several sections is no range of indices: taken from the whole.
+void fill_block(const ParameterSpec& spec, const Fill& fill, const at::Tensor& local) {
+  if (spec.shard.sections.empty()) return fill(spec, local);
+  ParameterSpec whole = spec;
+  whole.shard = {};
+  const at::Tensor full = at::empty(spec.shape, local.options());
+  fill(whole, full);
+  local.copy_(take_shard(full, spec.shard));
+}
+
 ParameterSpec factor(std::string name, std::vector<int64_t> shape, Shard shard, int dim, GradientScope scope,
                      const Fill& fill) {
   ParameterSpec spec;
@@ -17,7 +27,7 @@ ParameterSpec factor(std::string name, std::vector<int64_t> shape, Shard shard, 
   spec.shard = shard;
   if (!shard.whole()) spec.shard.dim = dim;
   spec.scope = scope;
-  if (fill) spec.initialise = [spec, fill](const at::Tensor& local) { fill(spec, local); };
+  if (fill) spec.initialise = [spec, fill](const at::Tensor& local) { fill_block(spec, fill, local); };
   return spec;
 }
 

@@ -40,6 +40,12 @@ ops::Extent extent(int64_t size, const Shard& shard) {
   return shard.whole() ? ops::Extent{size, 0, size} : ops::Extent{size, shard.start, shard.block};
 }
 
+void require_one_range(const LinearSite& site) {
+  if (site.out_shard.sections.empty()) return;
+  throw ConfigError(fmt::format(
+      "adapter.method: mora cannot split {}, because it holds several matrices. Set parallel.tensor to 1.", site.name));
+}
+
 class MoraAdapter : public Adapter {
  public:
   MoraAdapter(const LinearSite& site, const MoraType& type, double dropout)
@@ -73,6 +79,7 @@ class Mora : public AdapterMethod {
   void attach(Model& model, ParameterStore& store, uint64_t /*seed*/) override {
     attach_adapters(model, config_, [&](const AdaptedLinear& linear) {
       const LinearSite& site = linear.site();
+      require_one_range(site);
       auto adapter = std::make_unique<MoraAdapter>(site, type_, config_.lora_dropout);
       adapter->add_to(store, site.name, side_of(site.name, site.in, site.out));
       return adapter;

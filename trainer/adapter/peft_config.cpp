@@ -37,7 +37,6 @@ json number(double value) {
 /// Fields of adapter_config.json that change the forward pass and must have the given value to be loadable.
 const std::vector<std::pair<const char*, json>>& required_fields() {
   static const std::vector<std::pair<const char*, json>> fields{{"bias", "none"},
-                                                                {"fan_in_fan_out", false},
                                                                 {"lora_bias", false},
                                                                 {"layer_replication", nullptr},
                                                                 {"layers_to_transform", nullptr},
@@ -161,7 +160,7 @@ std::string peft_config_json(const AdapterConfig& config, const std::vector<std:
   json fields{{"auto_mapping", nullptr},
               {"base_model_name_or_path", base_model},
               {"bias", "none"},
-              {"fan_in_fan_out", false},
+              {"fan_in_fan_out", config.fan_in_fan_out},
               {"inference_mode", true},
               {"layers_pattern", nullptr},
               {"layers_to_transform", nullptr},
@@ -208,6 +207,7 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   c.lora_alpha = file.get("lora_alpha", 8.0);  // PEFT's default, not ours
   c.lora_dropout = file.get("lora_dropout", 0.0);
   c.use_rslora = file.get("use_rslora", false);
+  c.fan_in_fan_out = file.get("fan_in_fan_out", false);
   c.target_modules = file.modules("target_modules");
   c.all_linear = false;
   c.exclude_modules = file.modules("exclude_modules");

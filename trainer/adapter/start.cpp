@@ -17,6 +17,7 @@ void train_saved_modules(Model& model, ParameterStore& store, const AdapterConfi
     spec.shape = named.shape;
     spec.shard = named.shard;
     spec.decays = named.decays;
+    spec.scope = named.scope;
     spec.initialise = [old = named.weight->value](const at::Tensor& local) { local.copy_(old); };
     spec.bind = [weight = named.weight](const ops::Weight& w) { *weight = w; };
     store.add(std::move(spec));
@@ -33,9 +34,9 @@ double loraplus_scale(const ParameterSpec& spec, double ratio) {
 std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config) {
   std::vector<NamedWeight> saved, others = model.other_weights();
   for (const std::string& wanted : config.modules_to_save) {
-    const auto found = std::find_if(others.begin(), others.end(), [&](const NamedWeight& weight) {
+    const auto found = std::stable_partition(others.begin(), others.end(), [&](const NamedWeight& weight) {
       const std::string module = weight.name.substr(0, weight.name.rfind('.'));
-      return weight.saveable && (module == wanted || module.ends_with("." + wanted));
+      return !weight.saveable || (module != wanted && !module.ends_with("." + wanted));
     });
     if (found == others.end()) {
       throw ConfigError(fmt::format(
@@ -43,8 +44,8 @@ std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config
           "last norm, or the head, unless head and embedding are tied.",
           wanted));
     }
-    saved.push_back(*found);
-    others.erase(found);
+    saved.insert(saved.end(), found, others.end());  // weight and, in a LayerNorm, bias
+    others.erase(found, others.end());
   }
   return saved;
 }

@@ -1,12 +1,8 @@
 #include "trainer/model/families.h"
 
-#include <fmt/format.h>
-
-#include <nlohmann/json.hpp>
-
-#include "configs/error.h"
 #include "data/file.h"
 #include "trainer/model/bitsandbytes.h"
+#include "trainer/model/config_file.h"
 #include "trainer/model/decoder.h"
 
 namespace corank {
@@ -14,11 +10,12 @@ namespace {
 
 struct Family {
   const char* model_type;
-  DecoderConfig (*read)(const std::string& config_json, const std::string& origin);
+  DecoderConfig (*read)(const ConfigFile& file);
 };
 
 constexpr Family kFamilies[] = {
-    {"llama", llama_config},
+    {"llama", llama_config},     {"qwen2", qwen2_config}, {"qwen3", qwen3_config},
+    {"mistral", mistral_config}, {"phi3", phi3_config},   {"gpt2", gpt2_config},
 };
 
 struct Shape {
@@ -30,6 +27,8 @@ struct Shape {
 constexpr Shape kShapes[] = {
     {"tiny-llama", R"({"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176,
       "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5})"},
+    {"tiny-gpt2", R"({"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 8,
+      "n_positions": 64})"},
     {"smollm2-135m", R"({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
       "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
       "rope_theta": 100000, "tie_word_embeddings": true})"},
@@ -42,19 +41,60 @@ constexpr Shape kShapes[] = {
     {"llama-3-70b", R"({"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
       "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
       "rope_theta": 500000})"},
+    {"qwen2.5-7b", R"({"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+      "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+      "rope_theta": 1000000})"},
+    {"qwen3-8b", R"({"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+      "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+      "rms_norm_eps": 1e-6, "rope_theta": 1000000})"},
+    {"mistral-7b", R"({"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+      "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+      "rope_theta": 10000, "sliding_window": 4096})"},
+    {"gpt2", R"({"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
+      "n_positions": 1024, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1})"},
 };
 
 DecoderConfig read_config(const std::string& config_json, const std::string& origin) {
-  const auto json = nlohmann::json::parse(config_json, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object()) throw InputError(origin + ": not a JSON object");
-  const auto type = json.value("model_type", nlohmann::json());
+  const ConfigFile file(config_json, origin);
+  const auto type = file.root().value("model_type", nlohmann::json());
   std::vector<std::string> known;
   for (const Family& family : kFamilies) {
-    if (type == family.model_type) return family.read(config_json, origin);
+    if (type == family.model_type) return family.read(file);
     known.emplace_back(family.model_type);
   }
-  throw InputError(fmt::format("{}: model_type {} is not one of {}. Only these architectures can be trained.", origin,
-                               type.dump(), fmt::join(known, ", ")));
+  file.fail(fmt::format("model_type {} is not one of {}. Only these architectures can be trained.", type.dump(),
+                        fmt::join(known, ", ")));
+}
+
+/// A folder of the model without its head ("gpt2" itself is one): its names lack the model's own prefix.
+class BareWeights : public WeightSource {
+ public:
+  BareWeights(std::unique_ptr<WeightSource> weights, std::string prefix)
+      : weights_(std::move(weights)), prefix_(std::move(prefix)) {}
+  at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) override {
+    return weights_->read(bare(name), shape, shard);
+  }
+  std::optional<ops::Nf4> read_nf4(const std::string& name, const std::vector<int64_t>& shape) override {
+    return weights_->read_nf4(bare(name), shape);
+  }
+  void skip(const std::string& name) override { weights_->skip(bare(name)); }
+  void finish() override { weights_->finish(); }
+
+ private:
+  std::string bare(const std::string& name) const {
+    return name.starts_with(prefix_) ? name.substr(prefix_.size()) : name;
+  }
+  std::unique_ptr<WeightSource> weights_;
+  std::string prefix_;
+};
+
+std::unique_ptr<WeightSource> weights_of(const ModelOptions& options, const DecoderNames& names) {
+  const bool outline = options.device.is_meta();
+  if (options.path.empty()) return random_weights(options.seed, outline);
+  auto weights = folder_weights(options.path, outline);
+  const std::string prefix = names.embedding.substr(0, names.embedding.find('.') + 1);
+  if (!WeightFile(options.path).has(names.embedding.substr(prefix.size()) + ".weight")) return weights;
+  return std::make_unique<BareWeights>(std::move(weights), prefix);
 }
 
 std::string origin_of(const ModelOptions& options) {
@@ -89,6 +129,7 @@ std::string model_config_json(const ModelOptions& options) {
 
 void check_model_config(const std::string& config_json, const std::string& origin, int tensor) {
   check_split(read_config(config_json, origin), tensor);
+  says_bitsandbytes_nf4(config_json, origin);  // or refuses
 }
 
 std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp) {
@@ -96,9 +137,8 @@ std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp)
   const DecoderConfig config = read_config(config_json, origin_of(options));
   check_split(config, tp.size());
   check_stored_format(config_json, options);
-  const bool outline = options.device.is_meta();
-  const std::shared_ptr<WeightSource> weights =
-      options.path.empty() ? random_weights(options.seed, outline) : folder_weights(options.path, outline);
+  check_positions(config, options.max_positions);
+  const std::shared_ptr<WeightSource> weights = weights_of(options, config.names);
   auto model = make_decoder(config, options, weights, tp);
   weights->finish();
   return model;

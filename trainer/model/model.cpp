@@ -2,6 +2,14 @@
 
 namespace corank {
 
+std::set<std::string> transposed_weights(Model& model) {
+  std::set<std::string> names;
+  for (const AdaptedLinear* linear : model.linears()) {
+    if (linear->site().fan_in_fan_out) names.insert(linear->name() + ".weight");
+  }
+  return names;
+}
+
 int64_t num_base_parameters(Model& model) {
   int64_t total = 0;
   for (const AdaptedLinear* linear : model.linears()) total += linear->num_base_parameters();
@@ -23,8 +31,8 @@ int64_t base_bytes(Model& model) {
 SegmentAttention::SegmentAttention(const Batch& batch) : segments_{batch.cu_seqlens, batch.lengths, batch.max_length} {}
 
 at::Tensor SegmentAttention::attend(int64_t, const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
-                                    double scale) {
-  return ops::attention(q_NHd, k_NKd, v_NKd, segments_, scale);
+                                    const ops::AttentionRule& rule) {
+  return ops::attention(q_NHd, k_NKd, v_NKd, segments_, rule);
 }
 
 }  // namespace corank

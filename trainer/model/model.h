@@ -1,5 +1,6 @@
 #pragma once
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@ struct NamedWeight {
   bool decays = true;
   ops::Weight* weight = nullptr;  ///< owned by the model
   bool saveable = false;          ///< may stand in modules_to_save: untied, and outside the blocks
+  GradientScope scope = GradientScope::data;
 };
 
 /// A decoder-only language model: a body and a head. Owns its frozen weights and the adapters on them; no training
@@ -30,7 +32,7 @@ class Model {
   virtual ops::VocabularyHead head() const = 0;
   /// The linears of the blocks, in a fixed order that is the same on all ranks.
   virtual std::vector<AdaptedLinear*> linears() = 0;
-  /// Every other base weight, each once (a tied head stands under the embedding's name).
+  /// Every other base weight, each once (a tied head stands under the embedding's name); the embedding first.
   virtual std::vector<NamedWeight> other_weights() = 0;
   virtual int64_t num_layers() const = 0;
   virtual int64_t hidden_size() const = 0;
@@ -40,6 +42,8 @@ class Model {
   virtual int64_t head_dim() const = 0;
 };
 
+/// Names of the weights that the family's files hold as [in, out]; everywhere else they are [out, in].
+std::set<std::string> transposed_weights(Model& model);
 /// All base parameters, full sizes.
 int64_t num_base_parameters(Model& model);
 /// Bytes of base weights on this rank's device.
@@ -50,7 +54,7 @@ class SegmentAttention : public AttentionCore {
  public:
   explicit SegmentAttention(const Batch& batch);
   at::Tensor attend(int64_t layer, const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
-                    double scale) override;
+                    const ops::AttentionRule& rule) override;
 
  private:
   ops::Segments segments_;

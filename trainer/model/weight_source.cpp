@@ -67,7 +67,7 @@ class RandomWeights : public WeightSource {
     at::Tensor local = at::zeros(shard.local_shape(shape), at::TensorOptions(at::kFloat));
     const int64_t inside = shard.whole() ? 0 : std::clamp<int64_t>(shape[shard.dim] - shard.start, 0, shard.block);
     const at::Tensor real = shard.whole() ? local : local.narrow(shard.dim, 0, inside);
-    if (name.ends_with("norm.weight")) {
+    if (shape.size() == 1 && name.ends_with(".weight")) {
       real.fill_(1);
     } else if (!name.ends_with(".bias")) {
       ops::fill_normal(real, ops::key_of(seed_, "weights", name), 0, 0.02, shape, shard.offset(shape.size()));

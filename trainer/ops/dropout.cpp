@@ -2,12 +2,31 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "trainer/ops/cuda.h"
 #include "trainer/ops/philox.h"
 
 namespace corank::ops {
 namespace {
+
+struct Call : torch::CustomClassHolder {
+  Dropout dropout;
+};
+
+struct DropoutNode : torch::autograd::Function<DropoutNode> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_NI,
+                            c10::intrusive_ptr<Call> call) {
+    at::Tensor y_NI = dropout(x_NI, call->dropout);
+    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+    return y_NI;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    return {dropout(grads[0], call->dropout), at::Tensor()};
+  }
+};
 
 template <class T>
 void dropout_rows(const T* x, T* y, const int64_t* slots, int64_t width, const Dropout& d, int64_t begin, int64_t end) {
@@ -43,6 +62,13 @@ at::Tensor dropout(const at::Tensor& x_NI, const Dropout& d) {
                      [&](int64_t begin, int64_t end) { dropout_rows(in, out, slots, x.size(1), d, begin, end); });
   });
   return y;
+}
+
+at::Tensor dropout_node(const at::Tensor& x_NI, const Dropout& d) {
+  if (!d.active()) return x_NI;
+  auto call = c10::make_intrusive<Call>();
+  call->dropout = d;
+  return DropoutNode::apply(x_NI, std::move(call));
 }
 
 }  // namespace corank::ops

@@ -20,5 +20,7 @@ struct Dropout {
 /// Kept values are scaled by 1 / (1 - p). Not an autograd node: callers apply it again to gradients. Returns x itself
 /// when inactive. x_NI: float32, float64 or bfloat16.
 at::Tensor dropout(const at::Tensor& x_NI, const Dropout& dropout);
+/// The same as an autograd node.
+at::Tensor dropout_node(const at::Tensor& x_NI, const Dropout& dropout);
 
 }  // namespace corank::ops
