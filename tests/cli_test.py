@@ -131,7 +131,8 @@ class Refusals(Case):
         for override, code in (("data.train=null", 64), ("train.max_steps=null", 64), ("output_dir=null", 64),
                                ("resume=nowhere", 66), ("data.train=/", 66), (f"output_dir={self.out}", 74)):
             with self.subTest(override):
-                result = corank("validate", TINY, override)
+                place = [] if "output_dir" in override else [f"output_dir={self.folder / 'fresh'}"]
+                result = corank("validate", TINY, override, *place)
                 self.assertEqual(result.returncode, code, result.stderr)
                 self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
         self.assertEqual(self.out.stat().st_size, 0)
@@ -288,7 +289,7 @@ class Models(Case):
 
 class Runs(Case):
     def test_validate(self):
-        result = json.loads(self.succeed(corank("validate", TINY, "--json")))
+        result = json.loads(self.succeed(corank("validate", TINY, f"output_dir={self.out}", "--json")))
         self.assertEqual((result["valid"], result["train_samples"], result["targets"]), (True, 288, 14))
         self.assertEqual(corank("validate", TINY, "parallel.tensor=3", "--ranks", 3).returncode, 64)
 
