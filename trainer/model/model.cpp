@@ -2,6 +2,17 @@
 
 namespace corank {
 
+void train_weight(const NamedWeight& named, const std::string& name, ParameterStore& store) {
+  ParameterSpec spec;
+  spec.name = name;
+  spec.shape = named.shape;
+  spec.shard = named.shard;
+  spec.decays = named.decays;
+  spec.initialise = [old = named.weight->value](const at::Tensor& local) { local.copy_(old); };
+  spec.bind = [weight = named.weight](const ops::Weight& w) { *weight = w; };
+  store.add(std::move(spec));
+}
+
 int64_t num_base_parameters(Model& model) {
   int64_t total = 0;
   for (const AdaptedLinear* linear : model.linears()) total += linear->num_base_parameters();

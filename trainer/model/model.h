@@ -40,6 +40,9 @@ class Model {
   virtual int64_t head_dim() const = 0;
 };
 
+/// Makes `named` trainable, as parameter `name` that starts at its value.
+void train_weight(const NamedWeight& named, const std::string& name, ParameterStore& store);
+
 /// All base parameters, full sizes.
 int64_t num_base_parameters(Model& model);
 /// Bytes of base weights on this rank's device.
