@@ -225,8 +225,11 @@ std::string adapter_h5_image(const AdapterFile& adapter) {
 
 AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::string>& written,
                               const AdapterConfig& file, const std::vector<std::string>& linears) {
-  const auto is_written = [&](const char* key) {
-    return std::find(written.begin(), written.end(), key) != written.end();
+  // A key that the file's method does not have (r beside AdaLoRA) says nothing of it.
+  const auto is_written = [&](const std::string& name) {
+    const auto key = std::find_if(adapter_keys().begin(), adapter_keys().end(),
+                                  [&](const AdapterKey& one) { return one.name == name; });
+    return std::count(written.begin(), written.end(), name) > 0 && key->of(file.method);
   };
   const auto compare = [&](const char* key, const auto& ours, const auto& theirs) {
     if (is_written(key) && ours != theirs) {
@@ -238,6 +241,7 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
   };
   const std::vector<std::string> modules = select_targets(file, linears);
   compare("method", run.method, file.method);
+  require_keys_of_method(written, file.method, run.path);
   compare("use_rslora", run.use_rslora, file.use_rslora);
   if (is_written("target_modules") && select_targets(run, linears) != modules) {
     throw ConfigError(
@@ -253,7 +257,6 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
   }
   compare("init_r", run.adalora.init_r, file.adalora.init_r);
   for (const std::string& module : modules) {
-    if (file.method == "adalora") continue;
     if (is_written("r") || is_written("rank_pattern")) compare("r", run.rank_of(module), file.rank_of(module));
     if (is_written("lora_alpha") || is_written("alpha_pattern")) {
       compare("lora_alpha", run.alpha_of(module), file.alpha_of(module));
