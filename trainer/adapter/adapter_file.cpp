@@ -82,19 +82,8 @@ AdapterFile read_h5(const std::string& path) {
   for (const std::string& name : file.names())
     adapter.tensors.emplace_back(name.substr(name.find_first_not_of('/')), file.read(name));
   adapter.config.method = file.attribute_string("method");
-  if (adapter.config.method == "pissa") make_method(adapter.config)->to_peft(adapter);  // on the original base
+  make_method(adapter.config)->from_checkpoint(adapter);
   return adapter;
-}
-
-/// The tensors of one module by the end of their name, with their shapes; -1 where any size will do.
-std::vector<std::pair<std::string, std::vector<int64_t>>> parts_of(const AdapterConfig& config,
-                                                                   const std::string& module) {
-  const int64_t r = config.rank_of(module);
-  if (config.method == "mora") return {{".lora_A.weight", {-1, -1}}};
-  if (config.method == "adalora") return {{".lora_A", {r, -1}}, {".lora_B", {-1, r}}, {".lora_E", {r, 1}}};
-  if (config.method == "dora")
-    return {{".lora_A.weight", {r, -1}}, {".lora_B.weight", {-1, r}}, {".lora_magnitude_vector", {-1}}};
-  return {{".lora_A.weight", {r, -1}}, {".lora_B.weight", {-1, r}}};
 }
 
 bool has_shape(const at::Tensor& tensor, const std::vector<int64_t>& shape) {
@@ -111,9 +100,10 @@ bool is_of_module(const std::string& tensor, const std::string& module) {
 std::string model_card(const AdapterFile& adapter) {
   return fmt::format(
       "---\nbase_model: {0}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n"
-      "An adapter for `{0}` (method {1}, rank {2}, alpha {3}), trained with corank.\n\n"
+      "An adapter for `{0}` (method {1}, rank {2}, alpha {3}), trained with corank: {4}\n\n"
       "    from peft import PeftModel\n    model = PeftModel.from_pretrained(base_model, \"this folder\")\n",
-      adapter.base_model, adapter.config.method, adapter.config.r, adapter.config.lora_alpha);
+      adapter.base_model, adapter.config.method, adapter.config.r, adapter.config.lora_alpha,
+      make_method(adapter.config)->consumers());
 }
 
 }  // namespace
@@ -140,8 +130,9 @@ void check_adapter(const AdapterFile& adapter, const std::string& origin) {
   }
   const std::vector<std::string> modules = adapted_modules(adapter);
   if (modules.empty()) refuse("holds tensors of no adapted module");
+  const auto method = make_method(adapter.config);
   for (const std::string& module : modules) {
-    for (const auto& [suffix, shape] : parts_of(adapter.config, module)) {
+    for (const auto& [suffix, shape] : method->parts(module)) {
       const auto found = tensors.find(kPrefix + module + suffix);
       if (found == tensors.end()) refuse(fmt::format("tensor {}{}{} is missing", kPrefix, module, suffix));
       if (!has_shape(found->second, shape)) {
