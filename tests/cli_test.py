@@ -443,6 +443,34 @@ class Runs(Case):
         run.write_text((ROOT / TINY).read_text().replace("shape: tiny-llama", f"path: {self.out}/model"))
         self.succeed(corank("eval", run, "--json"))
 
+    def test_every_method_from_run_to_folder_and_back(self):
+        """run.yaml is a run again, folder and checkpoint evaluate to the run's own figure, export says who loads it."""
+        plain = "consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) do not"
+        for method, words in (("lora", "so do consumers of plain LoRA"), ("dora", plain), ("adalora", plain),
+                              ("mora", "PEFT itself does not know"), ("pissa", "so do consumers of plain LoRA")):
+            with self.subTest(method):
+                out, peft = self.folder / method, self.folder / f"{method}-peft"
+                self.succeed(self.train(f"adapter.method={method}", out=out))
+                trained = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
+                self.succeed(corank("validate", out / "run.yaml"))
+                for adapter in (out / "adapter", out / "checkpoint-20"):
+                    result = self.succeed(corank("eval", TINY, "adapter.method=null", "adapter.r=null",
+                                                 "adapter.lora_alpha=null", f"adapter.path={adapter}", "--json"))
+                    self.assertAlmostEqual(json.loads(result)["loss"] / trained, 1, delta=1e-6)
+                self.assertIn(words, self.succeed(corank("export", out / "checkpoint-20", "--out", peft)))
+                refused = corank("export", out / "checkpoint-20", "--out", self.folder / "plain", "--as", "plain-lora")
+                self.assertEqual(refused.returncode, 0 if method in ("lora", "pissa") else 64, refused.stderr)
+                shutil.rmtree(self.folder / "plain", ignore_errors=True)
+
+    def test_an_adapter_of_another_method_or_scale(self):
+        adalora = self.folder / "adalora"
+        self.succeed(self.train("adapter.method=adalora", out=adalora))
+        start = [f"adapter.path={adalora}/adapter", "adapter.method=null"]
+        self.refuse(self.train(*start, "adapter.lora_alpha=4"), 64, "adapter.lora_alpha", "4", "16")
+        self.refuse(self.train(*start, "adapter.use_rslora=true"), 64, "adapter.use_rslora")
+        self.refuse(self.train(*start, "adapter.mora_type=6"), 64, "adapter.mora_type", "mora", "adalora")
+        self.succeed(self.train(*start, "train.max_steps=2"))
+
     def test_export_import_and_inspect(self):
         self.succeed(self.train("train.max_steps=2"))
         exported, imported = self.folder / "peft", self.folder / "back.h5"
