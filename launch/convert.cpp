@@ -8,6 +8,7 @@
 #include "data/file.h"
 #include "launch/commands.h"
 #include "trainer/adapter/adapter_file.h"
+#include "trainer/adapter/methods.h"
 #include "trainer/checkpoint.h"
 
 // export: checkpoint -> PEFT folder; import: the way back. No model and no GPU is needed.
@@ -60,14 +61,12 @@ int run_export(const Arguments& a) {
     throw InputError(fmt::format("{}: not a complete checkpoint: {}.", a.input, why));
   }
   const AdapterFile adapter = read_checked(a.input);
+  const auto method = make_method(adapter.config);
+  if (const std::string beyond = method->beyond_plain_lora(); a.as == "plain-lora" && !beyond.empty()) {
+    throw ConfigError(fmt::format("--as plain-lora: {} cannot become one: {}. Export it --as peft.", a.input, beyond));
+  }
   write_peft_folder(a.output, adapter);
-  const bool patterns = !adapter.config.rank_pattern.empty() || !adapter.config.alpha_pattern.empty();
-  const char* consumers =
-      patterns ? "consumers that know one rank for all modules (vLLM, S-LoRA) do not read its rank or alpha pattern."
-               : "so do consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) up to their largest rank.";
-  report(a, adapter,
-         fmt::format("{}: {} tensors. PEFT and transformers load it as it is; {}", a.output, adapter.tensors.size(),
-                     consumers));
+  report(a, adapter, fmt::format("{}: {} tensors. {}", a.output, adapter.tensors.size(), method->consumers()));
   return 0;
 }
 
@@ -88,7 +87,7 @@ std::function<int(const World*)> declare_export(CLI::App& app) {
   auto a = std::make_shared<Arguments>();
   app.add_option("checkpoint", a->input, "checkpoint folder or adapter.h5")->required();
   app.add_option("--out", a->output, "folder to write")->required();
-  app.add_option("--as", a->as, "peft, or plain-lora for consumers that take nothing else (the same for LoRA)")
+  app.add_option("--as", a->as, "peft, or plain-lora: refused unless consumers of plain LoRA can take it")
       ->check(CLI::IsMember({"peft", "plain-lora"}));
   app.add_flag("--json", a->json, "one JSON object");
   return [a](const World*) { return run_export(*a); };

@@ -6,34 +6,12 @@
 
 #include "comm/backends.h"
 #include "configs/reader.h"
+#include "configs/writer.h"
 #include "data/file.h"
 #include "trainer/adapter/methods.h"
 
 namespace corank {
 namespace {
-
-const std::vector<std::string> kAdapterKeys{"method",
-                                            "r",
-                                            "lora_alpha",
-                                            "lora_dropout",
-                                            "target_modules",
-                                            "use_rslora",
-                                            "rank_pattern",
-                                            "alpha_pattern",
-                                            "exclude_modules",
-                                            "init_lora_weights",
-                                            "init_r",
-                                            "target_r",
-                                            "tinit",
-                                            "tfinal",
-                                            "deltaT",
-                                            "beta1",
-                                            "beta2",
-                                            "orth_reg_weight",
-                                            "mora_type",
-                                            "pissa_niter",
-                                            "loraplus_lr_ratio",
-                                            "modules_to_save"};
 
 // Far beyond any use: what is larger is a typing error, and would only show once the memory is full.
 constexpr int64_t kMaxBatchSize = 1'000'000;
@@ -142,71 +120,25 @@ void read_train(const Section& s, TrainConfig& t, ModelOptions& model) {
   }
 }
 
-std::string quoted(const std::string& text) {
-  std::string result = "\"";
-  for (char c : text) {
-    if (c == '"' || c == '\\') result += '\\';
-    result += c;
-  }
-  return result + "\"";
-}
-
-std::string list(const std::vector<std::string>& names) {
-  std::string result;
-  for (const std::string& name : names) result += (result.empty() ? "" : ", ") + quoted(name);
-  return "[" + result + "]";
-}
-
-std::string pattern(const ModulePattern& p) { return p.expression.empty() ? list(p.names) : quoted(p.expression); }
-
-std::string map(const std::vector<std::pair<std::string, double>>& entries) {
-  std::string result;
-  for (const auto& [key, value] : entries)
-    result += fmt::format("{}{}: {}", result.empty() ? "" : ", ", quoted(key), value);
-  return "{" + result + "}";
-}
-
 std::string model_yaml(const ModelOptions& m) {
   return fmt::format("  dtype: {}\n  quantization: {}\n{}", m.dtype == at::kFloat ? "float32" : "bfloat16",
                      m.quantization,
                      m.quantization == "nf4" ? fmt::format("  double_quant: {}\n", m.double_quant) : "");
 }
 
-std::string lora_yaml(const AdapterConfig& a) {
-  return fmt::format("  r: {}\n  use_rslora: {}\n  rank_pattern: {}\n  alpha_pattern: {}\n  init_lora_weights: {}\n",
-                     a.r, a.use_rslora, map(a.rank_pattern), map(a.alpha_pattern), quoted(a.init_lora_weights));
-}
-
-std::string adalora_yaml(const AdaLoraConfig& a) {
-  return fmt::format(
-      "  init_r: {}\n  target_r: {}\n  tinit: {}\n  tfinal: {}\n  deltaT: {}\n  beta1: {}\n  beta2: {}\n"
-      "  orth_reg_weight: {}\n",
-      a.init_r, a.target_r, a.tinit, a.tfinal, a.deltaT, a.beta1, a.beta2, a.orth_reg_weight);
-}
-
 std::string adapter_yaml(const AdapterConfig& a) {
-  std::string text =
-      fmt::format("adapter:\n  method: {}\n  lora_alpha: {}\n  lora_dropout: {}\n  target_modules: {}\n", a.method,
-                  a.lora_alpha, a.lora_dropout, a.all_linear ? "all-linear" : pattern(a.target_modules));
-  if (!a.exclude_modules.empty()) text += "  exclude_modules: " + pattern(a.exclude_modules) + "\n";
-  if (a.method == "adalora") {
-    text += adalora_yaml(a.adalora);
-  } else if (a.method == "mora") {
-    text += fmt::format("  r: {}\n  rank_pattern: {}\n  mora_type: {}\n", a.r, map(a.rank_pattern), a.mora_type);
-  } else if (a.method != "full") {
-    text += lora_yaml(a);
+  std::string text = "adapter:\n";
+  for (const AdapterKey& key : adapter_keys()) {
+    const std::string value = key.of(a.method) ? key.yaml(a) : "";
+    if (!value.empty()) text += fmt::format("  {}: {}\n", key.name, value);
   }
-  if (a.pissa_niter) text += fmt::format("  pissa_niter: {}\n", *a.pissa_niter);
-  if (a.method != "full") text += fmt::format("  loraplus_lr_ratio: {}\n", a.loraplus_lr_ratio);
-  if (!a.modules_to_save.empty()) text += "  modules_to_save: " + list(a.modules_to_save) + "\n";
-  if (!a.path.empty()) text += "  path: " + quoted(a.path) + "\n";
   return text;
 }
 
 std::string data_files_yaml(const DataConfig& d) {
   std::string text;
-  if (!d.train.empty()) text += "  train: " + quoted(d.train) + "\n";
-  if (!d.eval.empty()) text += "  eval: " + quoted(d.eval) + "\n";
+  if (!d.train.empty()) text += "  train: " + yaml::quoted(d.train) + "\n";
+  if (!d.eval.empty()) text += "  eval: " + yaml::quoted(d.eval) + "\n";
   return text;
 }
 
@@ -242,8 +174,8 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
     file.section("model").fail("quantization", fmt::format("weights in {} cannot train, and method {} trains them",
                                                            run.model.quantization, run.adapter.method));
   }
-  for (const std::string& key : kAdapterKeys) {
-    if (adapter.has(key)) run.adapter_keys.push_back(key);
+  for (const AdapterKey& key : adapter_keys()) {
+    if (adapter.has(key.name)) run.adapter_keys.push_back(key.name);
   }
   read_data(file.section("data"), run.data);
   read_parallel(file.section("parallel"), run.parallel);
@@ -290,14 +222,15 @@ std::string RunConfig::result_settings() const {
 }
 
 std::string RunConfig::yaml() const {
-  const std::string place = model.path.empty() ? "shape: " + quoted(model.shape) : "path: " + quoted(model.path);
+  const std::string place =
+      model.path.empty() ? "shape: " + yaml::quoted(model.shape) : "path: " + yaml::quoted(model.path);
   std::string text = "model:\n  " + place + "\n" + model_yaml(model) + adapter_yaml(adapter);
   text += "data:\n" + data_files_yaml(data) + data_yaml(data) + train_yaml(train, model.checkpointing);
   text +=
       fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  shard_base: none\n", parallel.tensor, parallel.backend);
-  if (!output_dir.empty()) text += "output_dir: " + quoted(output_dir) + "\n";
+  if (!output_dir.empty()) text += "output_dir: " + yaml::quoted(output_dir) + "\n";
   text += fmt::format("logging_steps: {}\neval_steps: {}\nsave_steps: {}\nsave_total_limit: {}\nresume: {}\n",
-                      logging_steps, eval_steps, save_steps, save_total_limit, quoted(resume));
+                      logging_steps, eval_steps, save_steps, save_total_limit, yaml::quoted(resume));
   return text;
 }
 

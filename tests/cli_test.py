@@ -131,7 +131,8 @@ class Refusals(Case):
         for override, code in (("data.train=null", 64), ("train.max_steps=null", 64), ("output_dir=null", 64),
                                ("resume=nowhere", 66), ("data.train=/", 66), (f"output_dir={self.out}", 74)):
             with self.subTest(override):
-                result = corank("validate", TINY, override)
+                place = [] if "output_dir" in override else [f"output_dir={self.folder / 'fresh'}"]
+                result = corank("validate", TINY, override, *place)
                 self.assertEqual(result.returncode, code, result.stderr)
                 self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
         self.assertEqual(self.out.stat().st_size, 0)
@@ -288,7 +289,7 @@ class Models(Case):
 
 class Runs(Case):
     def test_validate(self):
-        result = json.loads(self.succeed(corank("validate", TINY, "--json")))
+        result = json.loads(self.succeed(corank("validate", TINY, f"output_dir={self.out}", "--json")))
         self.assertEqual((result["valid"], result["train_samples"], result["targets"]), (True, 288, 14))
         self.assertEqual(corank("validate", TINY, "parallel.tensor=3", "--ranks", 3).returncode, 64)
 
@@ -441,6 +442,34 @@ class Runs(Case):
         run = self.folder / "run.yaml"
         run.write_text((ROOT / TINY).read_text().replace("shape: tiny-llama", f"path: {self.out}/model"))
         self.succeed(corank("eval", run, "--json"))
+
+    def test_every_method_from_run_to_folder_and_back(self):
+        """run.yaml is a run again, folder and checkpoint evaluate to the run's own figure, export says who loads it."""
+        plain = "consumers of plain LoRA (vLLM, S-LoRA, llama.cpp's converter) do not"
+        for method, words in (("lora", "so do consumers of plain LoRA"), ("dora", plain), ("adalora", plain),
+                              ("mora", "PEFT itself does not know"), ("pissa", "so do consumers of plain LoRA")):
+            with self.subTest(method):
+                out, peft = self.folder / method, self.folder / f"{method}-peft"
+                self.succeed(self.train(f"adapter.method={method}", out=out))
+                trained = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
+                self.succeed(corank("validate", out / "run.yaml"))
+                for adapter in (out / "adapter", out / "checkpoint-20"):
+                    result = self.succeed(corank("eval", TINY, "adapter.method=null", "adapter.r=null",
+                                                 "adapter.lora_alpha=null", f"adapter.path={adapter}", "--json"))
+                    self.assertAlmostEqual(json.loads(result)["loss"] / trained, 1, delta=1e-6)
+                self.assertIn(words, self.succeed(corank("export", out / "checkpoint-20", "--out", peft)))
+                refused = corank("export", out / "checkpoint-20", "--out", self.folder / "plain", "--as", "plain-lora")
+                self.assertEqual(refused.returncode, 0 if method in ("lora", "pissa") else 64, refused.stderr)
+                shutil.rmtree(self.folder / "plain", ignore_errors=True)
+
+    def test_an_adapter_of_another_method_or_scale(self):
+        adalora = self.folder / "adalora"
+        self.succeed(self.train("adapter.method=adalora", out=adalora))
+        start = [f"adapter.path={adalora}/adapter", "adapter.method=null"]
+        self.refuse(self.train(*start, "adapter.lora_alpha=4"), 64, "adapter.lora_alpha", "4", "16")
+        self.refuse(self.train(*start, "adapter.use_rslora=true"), 64, "adapter.use_rslora")
+        self.refuse(self.train(*start, "adapter.mora_type=6"), 64, "adapter.mora_type", "mora", "adalora")
+        self.succeed(self.train(*start, "train.max_steps=2"))
 
     def test_export_import_and_inspect(self):
         self.succeed(self.train("train.max_steps=2"))

@@ -556,7 +556,7 @@ class ChatTest(Scratch):
         self.assertEqual(output, "yes\n")
         prompt = "<s>system\nbe<e>\n<s>user\nhi<e>\n<s>assistant\n"
         self.assertEqual(json.loads((self.folder / "log").read_text()),
-                         ["generate", str(self.run_file), "data.seq_len=8", "adapter.path=some/adapter", "--json",
+                         ["generate", str(self.run_file), "data.seq_len=8", 'adapter.path="some/adapter"', "--json",
                           "--max-new-tokens", "5", "--prompt-tokens", ",".join(map(str, byte_ids(prompt)))])
 
     def test_model_without_a_template_continues_text(self):

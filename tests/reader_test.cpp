@@ -75,8 +75,12 @@ empty:
 }
 
 TEST(Reader, EmptyTextIsAnEmptyMap) {
-  Section::parse("", "run.yaml").done();
-  Section::parse("# only a comment\n", "run.yaml").done();
+  for (const char* text : {"", "# only a comment\n"}) {
+    const Section run = Section::parse(text, "run.yaml");
+    EXPECT_FALSE(run.has("train"));
+    EXPECT_FALSE(run.section("train").has("seed"));
+    EXPECT_NO_THROW(run.done());
+  }
 }
 
 TEST(Reader, BoolIsTrueOrFalse) {

@@ -154,7 +154,7 @@ class Resume : public testing::TestWithParam<Setting> {
     if (const auto newest = checkpoints.newest()) state = checkpoints.load(*newest);
     batches.restore(state.loader);
     for (int64_t step = state.step + 1; step <= last; ++step) {
-      run.step(batches.next(), step, 1e-2);
+      run.step(batches.next(), step, rate(setting));
       if (step == save_at) checkpoints.save({step, batches.state()});
     }
     const auto full = run.store.gather(run.store.masters(), run.mesh.tp());

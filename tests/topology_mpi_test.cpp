@@ -16,7 +16,10 @@ INSTANTIATE_TEST_SUITE_P(
         Setting{.name = "gpt2_full", .method = "full", .shape = "tiny-gpt2", .checkpointing = Checkpointing::full}),
     case_name);
 
-INSTANTIATE_TEST_SUITE_P(Settings, Resume, testing::Values(Setting{.name = "lora", .dropout = 0.1}), case_name);
+INSTANTIATE_TEST_SUITE_P(Settings, Resume,
+                         testing::Values(Setting{.name = "lora", .dropout = 0.1},
+                                         Setting{.name = "full", .method = "full"}),
+                         case_name);
 
 }  // namespace
 }  // namespace corank::test

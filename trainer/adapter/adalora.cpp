@@ -107,6 +107,10 @@ class AdaLora : public AdapterMethod {
     }
     return bytes;
   }
+  ModuleParts parts(const std::string& module) const override {
+    const int64_t r = rank_of(module);
+    return {{".lora_A", {r, -1}}, {".lora_B", {-1, r}}, {".lora_E", {r, 1}}};
+  }
   at::Tensor merged(const std::string&, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     return w_OI + at::mm(tensors.at(".lora_B"), tensors.at(".lora_E") * tensors.at(".lora_A")) * scale();
   }

@@ -29,7 +29,9 @@ at::Tensor AdaptedLinear::read_base() const {
 void AdaptedLinear::rebuild(const std::function<at::Tensor(const at::Tensor& full_OI)>& change) {
   StoredWeight stored = base_.stored;
   if (change) {
-    stored.read = [&](const Shard& shard) { return take_shard(change(read_base().to(at::kFloat)), shard); };
+    stored.read = [&](const Shard& shard) {
+      return take_shard(change(read_base().to(at::kFloat)).to(at::kCPU), shard);
+    };
     stored.read_nf4 = [] { return std::nullopt; };
   }
   weight_ = make_frozen_weight(base_.format, stored, base_.shard);

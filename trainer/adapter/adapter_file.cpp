@@ -82,19 +82,8 @@ AdapterFile read_h5(const std::string& path) {
   for (const std::string& name : file.names())
     adapter.tensors.emplace_back(name.substr(name.find_first_not_of('/')), file.read(name));
   adapter.config.method = file.attribute_string("method");
-  if (adapter.config.method == "pissa") make_method(adapter.config)->to_peft(adapter);  // on the original base
+  make_method(adapter.config)->from_checkpoint(adapter);
   return adapter;
-}
-
-/// The tensors of one module by the end of their name, with their shapes; -1 where any size will do.
-std::vector<std::pair<std::string, std::vector<int64_t>>> parts_of(const AdapterConfig& config,
-                                                                   const std::string& module) {
-  const int64_t r = config.rank_of(module);
-  if (config.method == "mora") return {{".lora_A.weight", {-1, -1}}};
-  if (config.method == "adalora") return {{".lora_A", {r, -1}}, {".lora_B", {-1, r}}, {".lora_E", {r, 1}}};
-  if (config.method == "dora")
-    return {{".lora_A.weight", {r, -1}}, {".lora_B.weight", {-1, r}}, {".lora_magnitude_vector", {-1}}};
-  return {{".lora_A.weight", {r, -1}}, {".lora_B.weight", {-1, r}}};
 }
 
 bool has_shape(const at::Tensor& tensor, const std::vector<int64_t>& shape) {
@@ -111,9 +100,10 @@ bool is_of_module(const std::string& tensor, const std::string& module) {
 std::string model_card(const AdapterFile& adapter) {
   return fmt::format(
       "---\nbase_model: {0}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n"
-      "An adapter for `{0}` (method {1}, rank {2}, alpha {3}), trained with corank.\n\n"
+      "An adapter for `{0}` (method {1}, rank {2}, alpha {3}), trained with corank: {4}\n\n"
       "    from peft import PeftModel\n    model = PeftModel.from_pretrained(base_model, \"this folder\")\n",
-      adapter.base_model, adapter.config.method, adapter.config.r, adapter.config.lora_alpha);
+      adapter.base_model, adapter.config.method, adapter.config.r, adapter.config.lora_alpha,
+      make_method(adapter.config)->consumers());
 }
 
 }  // namespace
@@ -140,8 +130,9 @@ void check_adapter(const AdapterFile& adapter, const std::string& origin) {
   }
   const std::vector<std::string> modules = adapted_modules(adapter);
   if (modules.empty()) refuse("holds tensors of no adapted module");
+  const auto method = make_method(adapter.config);
   for (const std::string& module : modules) {
-    for (const auto& [suffix, shape] : parts_of(adapter.config, module)) {
+    for (const auto& [suffix, shape] : method->parts(module)) {
       const auto found = tensors.find(kPrefix + module + suffix);
       if (found == tensors.end()) refuse(fmt::format("tensor {}{}{} is missing", kPrefix, module, suffix));
       if (!has_shape(found->second, shape)) {
@@ -225,8 +216,11 @@ std::string adapter_h5_image(const AdapterFile& adapter) {
 
 AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::string>& written,
                               const AdapterConfig& file, const std::vector<std::string>& linears) {
-  const auto is_written = [&](const char* key) {
-    return std::find(written.begin(), written.end(), key) != written.end();
+  // A key that the file's method does not have (r beside AdaLoRA) says nothing of it.
+  const auto is_written = [&](const std::string& name) {
+    const auto key = std::find_if(adapter_keys().begin(), adapter_keys().end(),
+                                  [&](const AdapterKey& one) { return one.name == name; });
+    return std::count(written.begin(), written.end(), name) > 0 && key->of(file.method);
   };
   const auto compare = [&](const char* key, const auto& ours, const auto& theirs) {
     if (is_written(key) && ours != theirs) {
@@ -238,6 +232,7 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
   };
   const std::vector<std::string> modules = select_targets(file, linears);
   compare("method", run.method, file.method);
+  require_keys_of_method(written, file.method, run.path);
   compare("use_rslora", run.use_rslora, file.use_rslora);
   if (is_written("target_modules") && select_targets(run, linears) != modules) {
     throw ConfigError(
@@ -253,7 +248,6 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
   }
   compare("init_r", run.adalora.init_r, file.adalora.init_r);
   for (const std::string& module : modules) {
-    if (file.method == "adalora") continue;
     if (is_written("r") || is_written("rank_pattern")) compare("r", run.rank_of(module), file.rank_of(module));
     if (is_written("lora_alpha") || is_written("alpha_pattern")) {
       compare("lora_alpha", run.alpha_of(module), file.alpha_of(module));

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <regex>
 
+#include "configs/writer.h"
 #include "trainer/adapter/methods.h"
 
 namespace corank {
@@ -35,41 +36,26 @@ std::optional<double> first_match(const std::vector<std::pair<std::string, doubl
   return std::nullopt;
 }
 
-/// Keys that only some methods have. They are refused beside another method, not ignored.
-struct MethodKey {
-  const char* key;
-  std::vector<std::string> methods;
-};
-
-const std::vector<MethodKey>& method_keys() {
-  static const std::vector<MethodKey> keys{
-      {"use_rslora", {"lora", "dora", "pissa"}},
-      {"rank_pattern", {"lora", "dora", "pissa", "mora"}},
-      {"alpha_pattern", {"lora", "dora", "pissa"}},
-      {"init_lora_weights", {"lora", "dora"}},
-      {"mora_type", {"mora"}},
-      {"pissa_niter", {"pissa"}},
-      {"loraplus_lr_ratio", {"lora", "dora", "pissa", "adalora", "mora"}},
-      {"modules_to_save", {"lora", "dora", "pissa", "adalora", "mora"}},
-      {"init_r", {"adalora"}},
-      {"target_r", {"adalora"}},
-      {"tinit", {"adalora"}},
-      {"tfinal", {"adalora"}},
-      {"deltaT", {"adalora"}},
-      {"beta1", {"adalora"}},
-      {"beta2", {"adalora"}},
-      {"orth_reg_weight", {"adalora"}},
-  };
-  return keys;
+std::string refusal(const AdapterKey& key, const std::string& method) {
+  return fmt::format("belongs to method {}, this run's method is {}", fmt::join(key.methods, ", "), method);
 }
 
-/// A file named by adapter.path may bring another method than the run file's default.
+/// A file named by adapter.path may bring another method than the run file's default: then merge_with_file asks.
 void require_keys_of_method(const Section& section, const AdapterConfig& c) {
   if (!c.path.empty() && !section.has("method")) return;
-  for (const auto& [key, methods] : method_keys()) {
-    if (!section.has(key) || std::count(methods.begin(), methods.end(), c.method)) continue;
-    section.fail(key, fmt::format("belongs to method {}, this run's method is {}", fmt::join(methods, ", "), c.method));
+  for (const AdapterKey& key : adapter_keys()) {
+    if (section.has(key.name) && !key.shared && !key.of(c.method)) section.fail(key.name, refusal(key, c.method));
   }
+}
+
+template <class T>
+std::string plain(const T& value) {
+  return fmt::format("{}", value);
+}
+
+std::string modules(const ModulePattern& p) {
+  if (p.empty()) return "";
+  return p.expression.empty() ? yaml::list(p.names) : yaml::quoted(p.expression);
 }
 
 AdaLoraConfig read_adalora(const Section& section) {
@@ -172,6 +158,53 @@ ModulePattern read_pattern(const Section& section, const std::string& key) {
 }
 
 }  // namespace
+
+bool AdapterKey::of(const std::string& method) const {
+  return methods.empty() || std::count(methods.begin(), methods.end(), method) > 0;
+}
+
+const std::vector<AdapterKey>& adapter_keys() {
+  using C = const AdapterConfig&;
+  const std::vector<std::string> lora{"lora", "dora", "pissa"}, adalora{"adalora"};
+  const std::vector<std::string> adapters{"lora", "dora", "pissa", "adalora", "mora"};
+  static const std::vector<AdapterKey> keys{
+      {"method", {}, false, [](C c) { return c.method; }},
+      {"r", {"lora", "dora", "pissa", "mora"}, true, [](C c) { return plain(c.r); }},
+      {"lora_alpha", {"lora", "dora", "pissa", "adalora"}, true, [](C c) { return plain(c.lora_alpha); }},
+      {"lora_dropout", adapters, true, [](C c) { return plain(c.lora_dropout); }},
+      {"target_modules", adapters, true,
+       [](C c) { return c.all_linear ? std::string("all-linear") : modules(c.target_modules); }},
+      {"exclude_modules", adapters, true, [](C c) { return modules(c.exclude_modules); }},
+      {"use_rslora", lora, false, [](C c) { return plain(c.use_rslora); }},
+      {"rank_pattern", {"lora", "dora", "pissa", "mora"}, false, [](C c) { return yaml::map(c.rank_pattern); }},
+      {"alpha_pattern", lora, false, [](C c) { return yaml::map(c.alpha_pattern); }},
+      {"init_lora_weights", {"lora", "dora"}, false, [](C c) { return yaml::quoted(c.init_lora_weights); }},
+      {"loraplus_lr_ratio", adapters, false, [](C c) { return plain(c.loraplus_lr_ratio); }},
+      {"modules_to_save", adapters, false,
+       [](C c) { return c.modules_to_save.empty() ? std::string() : yaml::list(c.modules_to_save); }},
+      {"mora_type", {"mora"}, false, [](C c) { return plain(c.mora_type); }},
+      {"pissa_niter", {"pissa"}, false, [](C c) { return c.pissa_niter ? plain(*c.pissa_niter) : std::string(); }},
+      {"init_r", adalora, false, [](C c) { return plain(c.adalora.init_r); }},
+      {"target_r", adalora, false, [](C c) { return plain(c.adalora.target_r); }},
+      {"tinit", adalora, false, [](C c) { return plain(c.adalora.tinit); }},
+      {"tfinal", adalora, false, [](C c) { return plain(c.adalora.tfinal); }},
+      {"deltaT", adalora, false, [](C c) { return plain(c.adalora.deltaT); }},
+      {"beta1", adalora, false, [](C c) { return plain(c.adalora.beta1); }},
+      {"beta2", adalora, false, [](C c) { return plain(c.adalora.beta2); }},
+      {"orth_reg_weight", adalora, false, [](C c) { return plain(c.adalora.orth_reg_weight); }},
+      {"path", {}, false, [](C c) { return c.path.empty() ? std::string() : yaml::quoted(c.path); }},
+  };
+  return keys;
+}
+
+void require_keys_of_method(const std::vector<std::string>& written, const std::string& method,
+                            const std::string& origin) {
+  for (const AdapterKey& key : adapter_keys()) {
+    if (key.shared || key.of(method) || !std::count(written.begin(), written.end(), key.name)) continue;
+    throw ConfigError(fmt::format("adapter.{}: belongs to method {}, {} holds {}. Leave it out of the run file.",
+                                  key.name, fmt::join(key.methods, ", "), origin, method));
+  }
+}
 
 bool ModulePattern::matches(const std::string& module) const {
   if (!expression.empty()) return full_match(expression, module);

@@ -62,6 +62,20 @@ struct AdapterConfig {
   double scaling_of(const std::string& module) const;
 };
 
+/// One key of the `adapter` section.
+struct AdapterKey {
+  std::string name;
+  std::vector<std::string> methods;  ///< that have it; empty: all. Beside another method it is refused, not ignored,
+  bool shared = false;  ///< unless it is one that a LoRA run file has anyway: one override then changes its method
+  std::string (*yaml)(const AdapterConfig&);  ///< its value as the resolved run shows it; empty: left out
+
+  bool of(const std::string& method) const;
+};
+const std::vector<AdapterKey>& adapter_keys();
+/// ConfigError if a key of `written` does not belong to `method`, which `origin` holds.
+void require_keys_of_method(const std::vector<std::string>& written, const std::string& method,
+                            const std::string& origin);
+
 /// Reads the `adapter` section. ConfigError for values that PEFT would refuse too.
 AdapterConfig read_adapter_config(const Section& section);
 /// Calls `fail` with key and message for values no method can use (r <= 0, dropout outside [0, 1), a broken

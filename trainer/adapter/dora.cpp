@@ -88,6 +88,11 @@ class Dora : public AdapterMethod {
     for (const LinearSize& linear : adapted) bytes += linear.row && tensor > 1 ? 4 * linear.out : 0;
     return bytes;
   }
+  ModuleParts parts(const std::string& module) const override {
+    ModuleParts parts = AdapterMethod::parts(module);
+    parts.push_back({kMagnitude, {-1}});
+    return parts;
+  }
   at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     const at::Tensor v_OI =
         w_OI + at::mm(tensors.at(".lora_B.weight"), tensors.at(".lora_A.weight")) * config_.scaling_of(module);

@@ -5,24 +5,12 @@
 namespace corank {
 namespace {
 
-void train(const NamedWeight& named, ParameterStore& store) {
-  ParameterSpec spec;
-  spec.name = named.name;
-  spec.shape = named.shape;
-  spec.shard = named.shard;
-  spec.decays = named.decays;
-  spec.scope = named.scope;
-  spec.initialise = [old = named.weight->value](const at::Tensor& local) { local.copy_(old); };
-  spec.bind = [weight = named.weight](const ops::Weight& w) { *weight = w; };
-  store.add(std::move(spec));
-}
-
 class Full : public AdapterMethod {
  public:
   using AdapterMethod::AdapterMethod;
   void attach(Model& model, ParameterStore& store, uint64_t /*seed*/) override {
     for (AdaptedLinear* linear : model.linears()) linear->train_base(store);
-    for (const NamedWeight& weight : model.other_weights()) train(weight, store);
+    for (const NamedWeight& weight : model.other_weights()) train_weight(weight, weight.name, store);
   }
   Purpose gradient_purpose() const override { return Purpose::weight_gradients; }
   bool trains_base() const override { return true; }

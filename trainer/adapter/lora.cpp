@@ -20,6 +20,10 @@ class Lora : public AdapterMethod {
   GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
     return lora_gradient_sizes(linear, config_.rank_of(linear.name), tensor);
   }
+  std::string beyond_plain_lora() const override {
+    if (!config_.rank_pattern.empty() || !config_.alpha_pattern.empty()) return "ranks or alphas differ by module";
+    return config_.modules_to_save.empty() ? "" : "modules_to_save train in full";
+  }
   at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     return w_OI + at::mm(tensors.at(".lora_B.weight"), tensors.at(".lora_A.weight")) * config_.scaling_of(module);
   }

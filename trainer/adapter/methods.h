@@ -31,6 +31,9 @@ struct GradientSizes {
 /// The tensors of one module by the end of their PEFT name (".lora_A.weight"), full, float32 or float64.
 using ModuleTensors = std::map<std::string, at::Tensor>;
 
+/// Ends of PEFT names with full shapes; -1 where any size will do.
+using ModuleParts = std::vector<std::pair<std::string, std::vector<int64_t>>>;
+
 /// One way of fine-tuning, for a whole run. A method is one file and one line of the table in methods.cpp. Order of
 /// calls: attach, (the store allocates), initialise, (weights are loaded), begin; then in each step add_gradients and
 /// on_step_end.
@@ -69,10 +72,18 @@ class AdapterMethod {
                                    int64_t /*step*/) const {
     return 0;
   }
+  /// The tensors of one module in an adapter file.
+  virtual ModuleParts parts(const std::string& module) const;
   /// Turns what a checkpoint holds into what PEFT loads.
   virtual void to_peft(AdapterFile& /*file*/) const {}
   /// The way back.
   virtual void from_peft(AdapterFile& /*file*/) const {}
+  /// Turns what adapter.h5 holds into an adapter on the model's own weights.
+  virtual void from_checkpoint(AdapterFile& /*file*/) const {}
+  /// Why consumers that know one A and B of one rank and alpha a module cannot take it; empty: they can.
+  virtual std::string beyond_plain_lora() const;
+  /// Who loads the folder that to_peft makes, one sentence.
+  virtual std::string consumers() const;
   /// The weight of which the adapted linear is the product: the plain formula, on full tensors in one dtype.
   virtual at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const = 0;
 

@@ -92,6 +92,10 @@ class Mora : public AdapterMethod {
   at::Tensor merged(const std::string&, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     return w_OI + ops::mora_delta(tensors.at(kMatrix), type_.compress, type_.decompress, w_OI.size(1), w_OI.size(0));
   }
+  ModuleParts parts(const std::string&) const override { return {{kMatrix, {-1, -1}}}; }
+  std::string consumers() const override {
+    return "only the fork of PEFT by MoRA's authors (kongds/MoRA) loads it; PEFT itself does not know the method.";
+  }
   void from_peft(AdapterFile& file) const override {
     const std::map<std::string, at::Tensor> tensors(file.tensors.begin(), file.tensors.end());
     std::erase_if(file.tensors, [&](const auto& entry) {

@@ -89,6 +89,7 @@ class Pissa : public AdapterMethod {
     return w_OI + (at::mm(t.at(kB), t.at(kA)) - at::mm(t.at(kFirstB), t.at(kFirstA))) * config_.scaling_of(module);
   }
 
+  void from_checkpoint(AdapterFile& file) const override { to_peft(file); }
   /// A' = [A; A0], B' = [B, -B0] with twice the rank and the same scaling (methods 8.5): exact on the original base.
   void to_peft(AdapterFile& file) const override {
     std::map<std::string, at::Tensor> tensors(file.tensors.begin(), file.tensors.end());

@@ -9,21 +9,6 @@
 namespace corank {
 namespace {
 
-/// modules_to_save: base weights outside the linears that train in full beside the adapter, under PEFT's names.
-void train_saved_modules(Model& model, ParameterStore& store, const AdapterConfig& config) {
-  for (const NamedWeight& named : saved_modules(model, config)) {
-    ParameterSpec spec;
-    spec.name = peft_name(named.name, "");
-    spec.shape = named.shape;
-    spec.shard = named.shard;
-    spec.decays = named.decays;
-    spec.scope = named.scope;
-    spec.initialise = [old = named.weight->value](const at::Tensor& local) { local.copy_(old); };
-    spec.bind = [weight = named.weight](const ops::Weight& w) { *weight = w; };
-    store.add(std::move(spec));
-  }
-}
-
 /// LoRA+ as PEFT groups parameters (methods 2.3): B, and every tensor of one dimension.
 double loraplus_scale(const ParameterSpec& spec, double ratio) {
   return spec.shape.size() == 1 || spec.name.find("lora_B") != std::string::npos ? ratio : 1;
@@ -52,7 +37,9 @@ std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config
 
 void register_parameters(AdapterMethod& method, Model& model, ParameterStore& store, uint64_t seed) {
   method.attach(model, store, seed);
-  train_saved_modules(model, store, method.config());
+  for (const NamedWeight& named : saved_modules(model, method.config())) {
+    train_weight(named, peft_name(named.name, ""), store);
+  }
 }
 
 void start_method(AdapterMethod& method, Model& model, ParameterStore& store, const Mesh& mesh, at::ScalarType dtype,

@@ -2,6 +2,18 @@
 
 namespace corank {
 
+void train_weight(const NamedWeight& named, const std::string& name, ParameterStore& store) {
+  ParameterSpec spec;
+  spec.name = name;
+  spec.shape = named.shape;
+  spec.shard = named.shard;
+  spec.decays = named.decays;
+  spec.scope = named.scope;
+  spec.initialise = [old = named.weight->value](const at::Tensor& local) { local.copy_(old); };
+  spec.bind = [weight = named.weight](const ops::Weight& w) { *weight = w; };
+  store.add(std::move(spec));
+}
+
 std::set<std::string> transposed_weights(Model& model) {
   std::set<std::string> names;
   for (const AdaptedLinear* linear : model.linears()) {

@@ -42,6 +42,9 @@ class Model {
   virtual int64_t head_dim() const = 0;
 };
 
+/// Makes `named` trainable, as parameter `name` that starts at its value.
+void train_weight(const NamedWeight& named, const std::string& name, ParameterStore& store);
+
 /// Names of the weights that the family's files hold as [in, out]; everywhere else they are [out, in].
 std::set<std::string> transposed_weights(Model& model);
 /// All base parameters, full sizes.

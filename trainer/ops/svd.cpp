@@ -10,8 +10,9 @@ at::Tensor orthonormal(const at::Tensor& m) { return std::get<0>(at::linalg_qr(m
 }  // namespace
 
 SingularPart leading_svd(const at::Tensor& w_OI, int64_t rank) {
-  const auto [u, s, vt] = at::linalg_svd(w_OI, /*full_matrices=*/false);
-  return {u.narrow(1, 0, rank), s.narrow(0, 0, rank), vt.narrow(0, 0, rank).t()};
+  const auto [u, s, vt] = at::linalg_svd(w_OI.to(at::kDouble), /*full_matrices=*/false);
+  const auto dtype = w_OI.scalar_type();
+  return {u.narrow(1, 0, rank).to(dtype), s.narrow(0, 0, rank).to(dtype), vt.narrow(0, 0, rank).t().to(dtype)};
 }
 
 SingularPart randomised_svd(const at::Tensor& w_OI, int64_t rank, int64_t iterations, uint64_t key) {
