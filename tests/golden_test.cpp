@@ -343,7 +343,8 @@ TEST(MoraGolden, OutputsAndGradientsOfEveryTypeAndShape) {
         SCOPED_TRACE(name);
         const int64_t size = side[type == 6 ? "rotation" : "sharing"].get<int64_t>();
         const at::Tensor m = value(shape + ".M").narrow(0, 0, size).narrow(1, 0, size).contiguous();
-        const ops::MoraUpdate update({{m, m}, grouping.first, grouping.second, {in, 0, in}, {out, 0, out}, {}});
+        const ops::Rotation turn = ops::rotation_of(m.size(0), in, out, m.options().requires_grad(false));
+        const ops::MoraUpdate update({{m, m}, grouping.first, grouping.second, {in, 0, in}, {out, 0, out}, {}, turn});
         std::vector<at::Tensor> saved;
         at::Tensor dx;
         const double bound = type == 6 ? 1e-5 : 2e-6;

@@ -7,11 +7,13 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "trainer/ops/cuda.h"
 #include "trainer/ops/dropout.h"
+#include "trainer/ops/mora.h"
 #include "trainer/ops/quantize.h"
 
 namespace corank::ops {
@@ -505,6 +507,158 @@ TEST_F(GpuKernels, Nf4PlantedErrorsAreFound) {
   for (const Nf4& wrong : {offset, moved, swapped}) EXPECT_FALSE(same_values(dequantised(on_gpu), dequantised(wrong)));
 }
 
+// ---- DoRA
+
+struct ScaledSumCase {
+  at::Tensor q_NO, u_NR, b_OR, gamma_O;
+  double scale = 0.7;
+};
+
+ScaledSumCase scaled_sum_case(int64_t rows, int64_t width, int64_t rank) {
+  return {normal({rows, width}, at::kBFloat16), normal({rows, rank}, at::kBFloat16),
+          normal({width, rank}, at::kBFloat16), normal({width}, at::kFloat)};
+}
+
+at::Tensor run_scaled_sum(const ScaledSumCase& c) {
+  const at::Tensor q_NO = gpu(c.q_NO);
+  cuda::scaled_low_rank_sum(q_NO, gpu(c.u_NR), gpu(c.b_OR), c.scale, gpu(c.gamma_O));
+  return q_NO;
+}
+
+at::Tensor scaled_sum_reference(const ScaledSumCase& c) {
+  return wide(c.gamma_O) * (wide(c.q_NO) + c.scale * at::mm(wide(c.u_NR), wide(c.b_OR).t()));
+}
+
+TEST_F(GpuKernels, ScaledLowRankSum) {
+  for (const int64_t rows : {1, 7, 64, 257}) {
+    for (const int64_t width : {1, 100, 576, 4096}) {
+      for (const int64_t rank : {8, 16, 24, 128}) {
+        const ScaledSumCase c = scaled_sum_case(rows, width, rank);
+        EXPECT_TRUE(close(run_scaled_sum(c), scaled_sum_reference(c))) << rows << " x " << width << ", rank " << rank;
+      }
+    }
+  }
+}
+
+TEST_F(GpuKernels, ScaledLowRankSumPlantedErrorsAreFound) {
+  const ScaledSumCase c = scaled_sum_case(257, 576, 24);
+  const at::Tensor got = run_scaled_sum(c);
+  ScaledSumCase short_rank = c, shifted = c, one_row = c;
+  short_rank.b_OR = c.b_OR.clone();
+  short_rank.b_OR.narrow(1, 23, 1).zero_();
+  shifted.gamma_O = c.gamma_O.roll(1);
+  one_row.u_NR = c.u_NR.clone();
+  one_row.u_NR[256].zero_();
+  for (const ScaledSumCase& wrong : {short_rank, shifted, one_row}) {
+    EXPECT_FALSE(close(got, scaled_sum_reference(wrong)));
+  }
+}
+
+TEST_F(GpuKernels, ScaleAndDot) {
+  for_types_and_shapes({1, 8, 100, 576, 5000, 8192}, [](at::ScalarType type, int64_t rows, int64_t width) {
+    const at::Tensor g = normal({rows, width}, type), z = normal({rows, width}, type),
+                     gamma = normal({width}, at::kFloat);
+    const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma));
+    EXPECT_TRUE(close(h, wide(g) * wide(gamma)));
+    EXPECT_TRUE(close(dots, (wide(g) * wide(z)).sum(0)));
+    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu_misaligned(g), gpu(z), gpu(gamma)).first, h));
+    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma)).second, dots));
+  });
+}
+
+TEST_F(GpuKernels, ScaleAndDotPlantedErrorsAreFound) {
+  const at::Tensor g = normal({257, 576}, at::kBFloat16), z = normal({257, 576}, at::kBFloat16);
+  const at::Tensor gamma = normal({576}, at::kFloat);
+  const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma));
+  EXPECT_FALSE(close(h, wide(g) * wide(gamma).roll(1)));
+  EXPECT_FALSE(close(dots, (wide(g) * wide(z)).narrow(0, 0, 256).sum(0)));
+}
+
+// ---- MoRA
+
+struct Zeros : Matrix {
+  explicit Zeros(at::Tensor w) : w_OI(std::move(w)) {}
+  at::Tensor dense_OI() const override { return w_OI; }
+  at::Tensor w_OI;
+};
+
+/// One update on its own, forward and backward.
+std::vector<at::Tensor> run_mora(Mora s, const at::Tensor& m, const at::Tensor& x, const at::Tensor& g) {
+  const Zeros w(at::zeros({s.out.length, s.in.length}, x.options()));
+  s.m_RR = {m, m};
+  s.rotation.cos_BH = s.rotation.cos_BH.to(x.options());
+  s.rotation.sin_BH = s.rotation.sin_BH.to(x.options());
+  s.dropout.slots_N = s.dropout.active() ? s.dropout.slots_N.to(x.device()) : at::Tensor();
+  const MoraUpdate update(s);
+  std::vector<at::Tensor> saved;
+  const at::Tensor y = update.forward(x, w, {}, saved);
+  at::Tensor dx;
+  const at::Tensor dm = update.backward(g, x, w, saved, true, dx)[0];
+  return {y, dm, dx};
+}
+
+Mora mora_case(Grouping compress, Grouping decompress, int64_t r, Extent in, Extent out, at::ScalarType type) {
+  return {{}, compress, decompress, in, out, {}, rotation_of(r, in.size, out.size, at::TensorOptions(type))};
+}
+
+constexpr std::pair<Grouping, Grouping> kMoraTypes[] = {{Grouping::modulo, Grouping::modulo},
+                                                        {Grouping::block, Grouping::block},
+                                                        {Grouping::block, Grouping::modulo},
+                                                        {Grouping::modulo, Grouping::block},
+                                                        {Grouping::rotate, Grouping::rotate}};
+
+/// Three roundings to bfloat16 lie between x and y, between x, g and dx; float32 sums run over more than one kernel.
+bool near(const at::Tensor& got, const at::Tensor& expected) {
+  const at::Tensor error = got.cpu().to(at::kDouble) - expected;
+  return (error.norm() / expected.norm()).item<double>() < (got.scalar_type() == at::kBFloat16 ? 1e-2 : 2e-6);
+}
+
+void expect_mora_is_the_cpus(const Mora& s, int64_t r, at::ScalarType type) {
+  const at::Tensor m = normal({r, r}, type), x = normal({37, s.in.length}, type), g = normal({37, s.out.length}, type);
+  const auto got = run_mora(s, gpu(m), gpu(x), gpu(g)), expected = run_mora(s, wide(m), wide(x), wide(g));
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(near(got[i], expected[i])) << "result " << i;
+}
+
+TEST_F(GpuKernels, MoraOfEveryTypeShapeAndShard) {
+  for (const auto& [compress, decompress] : kMoraTypes) {
+    for (const auto& [in, out, r] : {std::tuple{64, 64, 16}, {576, 192, 110}, {576, 1536, 130}, {1000, 96, 94}}) {
+      for (const at::ScalarType type : kTypes) {
+        SCOPED_TRACE(std::string(c10::toString(type)) + " " + std::to_string(in) + " -> " + std::to_string(out) +
+                     " type " + std::to_string(static_cast<int>(compress)) +
+                     std::to_string(static_cast<int>(decompress)));
+        const auto check = [&](Extent i, Extent o) {
+          expect_mora_is_the_cpus(mora_case(compress, decompress, r, i, o, type), r, type);
+        };
+        check({in, 0, in}, {out, 0, out});
+        check({in, in / 2, in / 2}, {out, 0, out});
+        check({in, 0, in / 4}, {out, 0, out});
+        check({in, 0, in}, {out, out / 4, out / 4});
+      }
+    }
+  }
+}
+
+TEST_F(GpuKernels, MoraWithDropout) {
+  Mora s = mora_case(Grouping::modulo, Grouping::modulo, 110, {576, 0, 576}, {192, 0, 192}, at::kFloat);
+  s.dropout = {0.3, 5, at::arange(37, at::kLong), 0};
+  expect_mora_is_the_cpus(s, 110, at::kFloat);
+}
+
+TEST_F(GpuKernels, MoraPlantedErrorsAreFound) {
+  const int64_t r = 110;
+  const at::Tensor m = normal({r, r}, at::kFloat), x = normal({37, 576}, at::kFloat), g = normal({37, 192}, at::kFloat);
+  const auto with = [&](Grouping compress, Grouping decompress) {
+    return mora_case(compress, decompress, r, {576, 0, 576}, {192, 0, 192}, at::kFloat);
+  };
+  const Mora turned = with(Grouping::rotate, Grouping::rotate), shared = with(Grouping::modulo, Grouping::modulo);
+  Mora back = turned, unwrapped = shared;
+  back.rotation.sin_BH = turned.rotation.sin_BH.neg();
+  unwrapped.in = {550, 0, 550};  // a multiple of the side: nothing stands twice
+  EXPECT_FALSE(near(run_mora(turned, gpu(m), gpu(x), gpu(g))[0], run_mora(back, wide(m), wide(x), wide(g))[0]));
+  EXPECT_FALSE(near(run_mora(shared, gpu(m), gpu(x), gpu(g))[0],
+                    run_mora(unwrapped, wide(m), wide(x).narrow(1, 0, 550), wide(g))[0]));
+}
+
 // ---- Sizes
 
 TEST_F(GpuKernels, EmptyInputsGiveEmptyOutputs) {
@@ -515,6 +669,9 @@ TEST_F(GpuKernels, EmptyInputsGiveEmptyOutputs) {
   EXPECT_EQ(cuda::swiglu_forward(none, none).numel(), 0);
   EXPECT_EQ(cuda::swiglu_backward(none, none, none).second.numel(), 0);
   EXPECT_EQ(run_dropout(none, Dropout{0.1, 1, integers(0, 1, 0), 0}).numel(), 0);
+  const at::Tensor gamma = gpu(normal({576}, at::kFloat));
+  EXPECT_TRUE(same_values(cuda::scale_and_dot(none, none, gamma).second, at::zeros({576})));
+  cuda::scaled_low_rank_sum(none, gpu(normal({0, 8}, at::kBFloat16)), gpu(normal({576, 8}, at::kBFloat16)), 1, gamma);
   const RopeCase c = rope_case(at::kBFloat16, 0, 9, 64);
   EXPECT_EQ(run_rope(c, gpu(c.x_NHd), 1).numel(), 0);
   const auto [max, sum, target] = cuda::softmax_statistics(none, gpu(outside(0)));
@@ -601,6 +758,9 @@ TEST_F(GpuKernels, WrongArgumentsAreRefused) {
   EXPECT_THROW(cuda::swiglu_forward(x, x.narrow(0, 0, 6)), c10::Error);
   EXPECT_THROW(cuda::softmax_statistics(x, gpu(outside(6))), c10::Error);
   EXPECT_THROW(run_dropout(x, Dropout{0.1, 1, outside(6), 0}), c10::Error);
+  EXPECT_THROW(cuda::scale_and_dot(x, x, weight.narrow(0, 0, 63)), c10::Error);
+  ScaledSumCase twelve = scaled_sum_case(7, 64, 12);
+  EXPECT_THROW(run_scaled_sum(twelve), c10::Error);
   Nf4 w = nf4_quantise(normal({7, 64}, at::kFloat), true).to(kGpu);
   EXPECT_THROW(nf4_dequantise(w, at::kHalf), c10::Error);
   w.nested_map = w.nested_map.cpu();

@@ -80,7 +80,7 @@ struct Fixed : Matrix {
 };
 
 std::shared_ptr<Update> low_rank(Weight a, Weight b, double scale, Dropout drop = {}) {
-  return std::make_shared<LowRankUpdate>(LowRank{std::move(a), std::move(b), scale, {}, std::move(drop)});
+  return std::make_shared<LowRankUpdate>(LowRank{std::move(a), std::move(b), scale, std::move(drop)});
 }
 
 TEST(Linear, ForwardIsThePlainFormula) {
@@ -112,8 +112,8 @@ TEST(LowRank, DiagonalForwardAndGradients) {
   for (const double p : {0.0, 0.4}) {
     const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
     const auto y = [&] {
-      const LowRank factors{trainable(a), trainable(b), 0.7, trainable(e), drop};
-      return linear(x, {{&w, {}, {}, std::make_shared<LowRankUpdate>(factors)}})[0];
+      const LowRank factors{trainable(a), trainable(b), 0.7, drop};
+      return linear(x, {{&w, {}, {}, std::make_shared<DiagonalUpdate>(factors, trainable(e))}})[0];
     };
     const at::Tensor delta = at::mm(b, e * a) * 0.7;
     EXPECT_LT(relative_error(y(), at::mm(x, w.w_OI.t()) + at::mm(dropout(x.detach(), drop), delta.t())), 1e-14);
@@ -129,7 +129,7 @@ TEST(Dora, ForwardAndGradientsWithConstantNorms) {
   for (const double p : {0.0, 0.4}) {
     const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
     const auto y = [&] {
-      const LowRank factors{trainable(a), trainable(b), 0.7, {}, drop};
+      const LowRank factors{trainable(a), trainable(b), 0.7, drop};
       const MagnitudeScale scale{m, m.detach() / n, n.reciprocal()};
       return linear(x, {{&w, {}, trainable(bias), std::make_shared<DoraUpdate>(factors, scale)}})[0];
     };
@@ -141,13 +141,41 @@ TEST(Dora, ForwardAndGradientsWithConstantNorms) {
   }
 }
 
+TEST(Dora, AMagnitudeOfZeroLearns) {
+  const at::Tensor x = random({7, 5}, "x"), a = random({3, 5}, "a"), b = random({6, 3}, "b"),
+                   n = at::ones({6}, kDouble);
+  const at::Tensor m = at::zeros({6}, kDouble).requires_grad_();
+  const Fixed w(random({6, 5}, "w"));
+  const MagnitudeScale scale{m, at::full({6}, 1e-20, kDouble), n};
+  const LowRank factors{trainable(a), trainable(b), 0.7, {}};
+  weigh(linear(x, {{&w, {}, {}, std::make_shared<DoraUpdate>(factors, scale)}})[0]).backward();
+  const at::Tensor q = at::mm(x, (w.w_OI + at::mm(b, a) * 0.7).t()), g = at::ones_like(q).requires_grad_();
+  weigh(g).backward();
+  EXPECT_LT(relative_error(m.grad(), (g.grad() * q).sum(0)), 1e-13);
+}
+
+TEST(LowRankTest, ZerosUpToAMultipleChangeNothing) {
+  const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b");
+  const Fixed w(random({6, 5}, "w"));
+  const LowRank factors{trainable(a), trainable(b), 0.7, {}};
+  const auto y = [&](const LowRank& f) { return linear(x, {{&w, {}, {}, std::make_shared<LowRankUpdate>(f)}})[0]; };
+  EXPECT_EQ(padded(factors, 8).a_RI.value.size(0), 8);
+  EXPECT_LT(relative_error(y(padded(factors, 8)), y(factors)), 1e-15);
+  EXPECT_LT(gradient_error([&] { return weigh(y(padded(factors, 8))); }, {x, a, b}), kGradientBound);
+}
+
 TEST(Dora, NormsWithoutTheUpdateAreThoseOfTheSum) {
   for (const auto dtype : {at::kFloat, at::kDouble}) {
     const at::Tensor w = random({64, 48}, "w").to(dtype);
-    const LowRank f{{random({8, 48}, "a").to(dtype), {}}, {random({64, 8}, "b").to(dtype), {}}, 2, {}, {}};
-    const at::Tensor fast = squared_row_norms(squared_row_norms(w, dtype), w, f);
-    EXPECT_LT(relative_error(fast.sqrt(), squared_row_norms_reference(w, f).sqrt()),
-              dtype == at::kFloat ? 1e-6 : 1e-14);
+    const at::Tensor w2 = random({64, 48}, "w2").to(dtype);
+    const LowRank f{{random({8, 48}, "a").to(dtype), {}}, {random({64, 8}, "b").to(dtype), {}}, 2, {}};
+    const LowRank f2{{random({8, 48}, "a2").to(dtype), {}}, {random({64, 8}, "b2").to(dtype), {}}, 2, {}};
+    const Fixed m(w), m2(w2);
+    const at::Tensor base = at::stack({squared_row_norms(w, dtype), squared_row_norms(w2, dtype)});
+    const at::Tensor fast = squared_row_norms(base, {&m, &m2}, {f, f2}).sqrt();
+    const double bound = dtype == at::kFloat ? 1e-6 : 1e-14;
+    EXPECT_LT(relative_error(fast[0], squared_row_norms_reference(w, f).sqrt()), bound);
+    EXPECT_LT(relative_error(fast[1], squared_row_norms_reference(w2, f2).sqrt()), bound);
   }
 }
 
@@ -182,7 +210,8 @@ TEST(Mora, EveryTypeIsItsDenseMatrix) {
       const Fixed w(random({out, in}, "w"));
       const Dropout drop{0.3, 5, at::arange(5, at::TensorOptions(at::kLong)), 0};
       for (const Dropout& dropout_ : {Dropout{}, drop}) {
-        const Mora whole{trainable(m), compress, decompress, {in, 0, in}, {out, 0, out}, dropout_};
+        const Rotation turn = rotation_of(r, in, out, kDouble);
+        const Mora whole{trainable(m), compress, decompress, {in, 0, in}, {out, 0, out}, dropout_, turn};
         const auto y = [&] { return linear(x, {{&w, {}, {}, std::make_shared<MoraUpdate>(whole)}})[0]; };
         const at::Tensor delta = mora_delta(m.detach(), compress, decompress, in, out);
         const at::Tensor plain = at::mm(x, w.w_OI.t()) + at::mm(dropout(x.detach(), dropout_), delta.t());
@@ -196,7 +225,8 @@ TEST(Mora, EveryTypeIsItsDenseMatrix) {
           const Extent i = row ? Extent{in, rank * half_in, half_in} : Extent{in, 0, in};
           const Extent o = row ? Extent{out, 0, out} : Extent{out, rank * half_out, half_out};
           const Fixed none(at::zeros({o.length, i.length}, at::kDouble));
-          const Mora part{trainable(m), compress, decompress, i, o, {}};
+          const Rotation turn = rotation_of(r, in, out, kDouble);
+          const Mora part{trainable(m), compress, decompress, i, o, Dropout{}, turn};
           const at::Tensor y =
               linear(x.narrow(1, i.start, i.length), {{&none, {}, {}, std::make_shared<MoraUpdate>(part)}})[0];
           sum = !sum.defined() ? y : row ? sum + y : at::cat({sum, y}, 1);

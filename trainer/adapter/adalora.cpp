@@ -1,3 +1,6 @@
+#include <map>
+#include <tuple>
+
 #include "trainer/adapter/adapter_file.h"
 #include "trainer/adapter/attach.h"
 #include "trainer/adapter/lora_factors.h"
@@ -18,9 +21,7 @@ class AdaLoraAdapter : public Adapter {
   AdaLoraAdapter(const LinearSite& site, double dropout) : site_(site), dropout_(dropout) {}
 
   std::shared_ptr<const ops::Update> update(const ops::Dropout& dropout) const override {
-    ops::LowRank low_rank = factors_.low_rank(dropout);
-    low_rank.e_R1 = e_R1_;
-    return std::make_shared<ops::LowRankUpdate>(std::move(low_rank));
+    return std::make_shared<ops::DiagonalUpdate>(factors_.low_rank(dropout), e_R1_);
   }
   double dropout() const override { return dropout_; }
   const LinearSite& site() const { return site_; }
@@ -47,6 +48,14 @@ struct Triplets {
   at::Tensor a_RI, b_OR, e_R1;
 };
 
+/// Factors of one shape: many small products are one large one.
+struct FactorGroup {
+  ops::Orthonormal what = ops::Orthonormal::rows;
+  bool sharded = false;  ///< these are blocks, their Gram matrices parts of sums
+  std::vector<at::Tensor> masters, gradients;
+  at::Tensor stacked_MXY, gram_MRR;
+};
+
 class AdaLora : public AdapterMethod {
  public:
   explicit AdaLora(AdapterConfig config) : AdapterMethod(std::move(config)), budget_(config_.adalora) {}
@@ -69,12 +78,12 @@ class AdaLora : public AdapterMethod {
   }
 
   void add_gradients(int64_t, const Mesh& mesh) override {
-    const auto grams = gram_matrices(mesh.tp());
     const double weight = budget_.orth_reg_weight / static_cast<double>(2 * adapters_.size());
-    for (size_t i = 0; i < adapters_.size(); ++i) {
-      const Triplets p = triplets(store_->masters(), i), g = triplets(store_->gradients(), i);
-      g.a_RI.add_(ops::orthogonality_gradient(grams[2 * i], p.a_RI), weight);
-      g.b_OR.add_(ops::orthogonality_gradient(grams[2 * i + 1], p.b_OR.t()).t(), weight);
+    std::vector<FactorGroup> groups = factor_groups();
+    complete_grams(groups, mesh.tp());
+    for (const FactorGroup& group : groups) {
+      const at::Tensor pull = ops::orthogonality_gradient(group.gram_MRR, group.stacked_MXY, group.what);
+      at::_foreach_add_(group.gradients, pull.unbind(0), weight);
     }
   }
 
@@ -153,25 +162,45 @@ class AdaLora : public AdapterMethod {
     return {view(".lora_A"), view(".lora_B"), view(".lora_E")};
   }
 
-  /// Collective over tp: A A^T and B^T B of every module, whole; those of sharded factors in one sum.
-  std::vector<at::Tensor> gram_matrices(Communicator& tp) const {
-    std::vector<at::Tensor> grams, partial;
+  std::vector<FactorGroup> factor_groups() const {
+    std::map<std::tuple<ops::Orthonormal, bool, std::vector<int64_t>>, FactorGroup> by_shape;
+    const auto add = [&](ops::Orthonormal what, bool sharded, const at::Tensor& master, const at::Tensor& gradient) {
+      FactorGroup& group = by_shape[{what, sharded, master.sizes().vec()}];
+      group.what = what;
+      group.sharded = sharded;
+      group.masters.push_back(master);
+      group.gradients.push_back(gradient);
+    };
     for (size_t i = 0; i < adapters_.size(); ++i) {
-      const Triplets p = triplets(store_->masters(), i);
-      grams.push_back(at::mm(p.a_RI, p.a_RI.t()));
-      grams.push_back(at::mm(p.b_OR.t(), p.b_OR));
-      partial.push_back(grams[2 * i + (adapters_[i]->site().row() ? 0 : 1)].flatten());
+      const Triplets p = triplets(store_->masters(), i), g = triplets(store_->gradients(), i);
+      const bool row = adapters_[i]->site().row();
+      add(ops::Orthonormal::rows, row, p.a_RI, g.a_RI);
+      add(ops::Orthonormal::columns, !row, p.b_OR, g.b_OR);
     }
-    if (tp.size() == 1) return grams;
+    std::vector<FactorGroup> groups;
+    for (auto& [shape, group] : by_shape) groups.push_back(std::move(group));
+    return groups;
+  }
+
+  /// Collective over tp: A A^T and B^T B of every module, whole; those of sharded factors in one sum.
+  static void complete_grams(std::vector<FactorGroup>& groups, Communicator& tp) {
+    std::vector<at::Tensor> partial;
+    std::vector<int64_t> sizes;
+    for (FactorGroup& group : groups) {
+      group.stacked_MXY = at::stack(group.masters);
+      group.gram_MRR = ops::gram(group.stacked_MXY, group.what);
+      if (!group.sharded) continue;
+      partial.push_back(group.gram_MRR.flatten());
+      sizes.push_back(group.gram_MRR.numel());
+    }
+    if (tp.size() == 1) return;
     const at::Tensor sums = at::cat(partial);
     tp.all_reduce(sums, ReduceOp::sum, Purpose::adapter_statistics);
-    int64_t begin = 0;
-    for (size_t i = 0; i < adapters_.size(); ++i) {
-      at::Tensor& gram = grams[2 * i + (adapters_[i]->site().row() ? 0 : 1)];
-      gram = sums.narrow(0, begin, gram.numel()).view(gram.sizes());
-      begin += gram.numel();
+    const auto parts = sums.split_with_sizes(sizes);
+    auto next = parts.begin();
+    for (FactorGroup& group : groups) {
+      if (group.sharded) group.gram_MRR = (next++)->view(group.gram_MRR.sizes());
     }
-    return grams;
   }
 
   /// Collective over tp: score of every triplet of every module: of e, and the means over its row of A and column of B.

@@ -1,6 +1,8 @@
 #include "trainer/ops/dora.h"
 
 #include <limits>
+#include <map>
+#include <tuple>
 
 #include "trainer/adapter/attach.h"
 #include "trainer/adapter/lora_factors.h"
@@ -35,29 +37,77 @@ class DoraAdapter : public Adapter {
     magnitude.scope = row() ? GradientScope::everywhere : GradientScope::data;  // row: from this rank's part of q
     magnitude.bind = [this](const ops::Weight& w) { scale_.magnitude_leaf_O = w.leaf; };
     store.add(std::move(magnitude));
+    scale_.overwritten = row() && !site.in_shard.whole();
   }
 
-  /// This rank's part of the squared norms.
-  at::Tensor local_squares() {
-    const at::Tensor w_OI = linear_.weight().dense_OI();
-    if (!base_square_O_.defined()) {
-      base_square_O_ = ops::squared_row_norms(w_OI, scale_.magnitude_leaf_O.scalar_type());
-    }
-    return ops::squared_row_norms(base_square_O_, w_OI, factors_.low_rank());
+  const FrozenWeight& weight() const { return linear_.weight(); }
+  ops::LowRank factors() const { return factors_.low_rank(); }
+  at::Tensor magnitude_O() const { return scale_.magnitude_leaf_O.detach(); }
+  void set_scale(const at::Tensor& gamma_O, const at::Tensor& inverse_norm_O) {
+    scale_.gamma_O = gamma_O;
+    scale_.inverse_norm_O = inverse_norm_O;
   }
-  void set_squares(const at::Tensor& square_O) {
-    scale_.inverse_norm_O = square_O.clamp_min(std::numeric_limits<float>::min()).rsqrt();
-    scale_.gamma_O = scale_.magnitude_leaf_O.detach() * scale_.inverse_norm_O;
-  }
-  void start_at_norm() { scale_.magnitude_leaf_O.detach().copy_(scale_.inverse_norm_O.reciprocal()); }
+  void start_at_norm() { magnitude_O().copy_(scale_.inverse_norm_O.reciprocal()); }
 
  private:
   const AdaptedLinear& linear_;
   double dropout_;
   LoraFactors factors_;
   ops::MagnitudeScale scale_;
-  at::Tensor base_square_O_;
 };
+
+/// Adapters of one shape, rank and scale: their norms are a few large products instead of many small ones.
+class NormGroup {
+ public:
+  explicit NormGroup(const std::vector<DoraAdapter*>& adapters) : adapters_(adapters) {
+    std::vector<at::Tensor> squares;
+    for (const DoraAdapter* adapter : adapters_) {
+      weights_.push_back(&adapter->weight());
+      squares.push_back(ops::squared_row_norms(adapter->weight().dense_OI(), adapter->magnitude_O().scalar_type()));
+    }
+    base_squares_MO_ = at::stack(squares);
+  }
+
+  bool row() const { return adapters_.front()->row(); }
+  int64_t size() const { return static_cast<int64_t>(adapters_.size()); }
+
+  /// This rank's part of the squared norms [M, O].
+  at::Tensor local_squares() const {
+    std::vector<ops::LowRank> factors;
+    for (const DoraAdapter* adapter : adapters_) factors.push_back(adapter->factors());
+    return ops::squared_row_norms(base_squares_MO_, weights_, factors);
+  }
+
+  void set_squares(const at::Tensor& squares_MO) const {
+    std::vector<at::Tensor> magnitudes;
+    for (const DoraAdapter* adapter : adapters_) magnitudes.push_back(adapter->magnitude_O());
+    const at::Tensor inverse_MO = squares_MO.clamp_min(std::numeric_limits<float>::min()).rsqrt_();
+    at::Tensor gamma_MO = at::stack(magnitudes).mul_(inverse_MO);
+    gamma_MO.masked_fill_(gamma_MO == 0, kSmallestGamma);
+    for (size_t i = 0; i < adapters_.size(); ++i) {
+      const auto m = static_cast<int64_t>(i);
+      adapters_[i]->set_scale(gamma_MO[m], inverse_MO[m]);
+    }
+  }
+
+ private:
+  static constexpr double kSmallestGamma = 1e-20;  // y is as good as 0, and y / gamma still is q in bfloat16
+
+  std::vector<DoraAdapter*> adapters_;
+  std::vector<const ops::Matrix*> weights_;
+  at::Tensor base_squares_MO_;
+};
+
+std::vector<NormGroup> grouped(const std::vector<DoraAdapter*>& adapters) {
+  std::map<std::tuple<bool, std::vector<int64_t>, std::vector<int64_t>, double>, std::vector<DoraAdapter*>> by_shape;
+  for (DoraAdapter* adapter : adapters) {
+    const ops::LowRank f = adapter->factors();
+    by_shape[{adapter->row(), f.a_RI.value.sizes().vec(), f.b_OR.value.sizes().vec(), f.scale}].push_back(adapter);
+  }
+  std::vector<NormGroup> groups;
+  for (const auto& [shape, members] : by_shape) groups.emplace_back(members);
+  return groups;
+}
 
 class Dora : public AdapterMethod {
  public:
@@ -103,28 +153,30 @@ class Dora : public AdapterMethod {
  private:
   void refresh(Communicator& tp) {
     const at::AutoGradMode no_grad(false);
+    if (groups_.empty()) groups_ = grouped(adapters_);
     std::vector<at::Tensor> partial;  // of row-parallel linears: one sum for all of them
     std::vector<int64_t> sizes;
-    for (DoraAdapter* adapter : adapters_) {
-      const at::Tensor square_O = adapter->local_squares();
-      if (adapter->row()) {
-        partial.push_back(square_O);
-        sizes.push_back(square_O.numel());
+    for (const NormGroup& group : groups_) {
+      const at::Tensor squares_MO = group.local_squares();
+      if (group.row()) {
+        partial.push_back(squares_MO.flatten());
+        sizes.push_back(squares_MO.numel());
       } else {
-        adapter->set_squares(square_O);
+        group.set_squares(squares_MO);
       }
     }
     if (partial.empty()) return;
     const at::Tensor all = at::cat(partial);
     tp.all_reduce(all, ReduceOp::sum, Purpose::adapter_statistics);
     const auto sums = all.split_with_sizes(sizes);
-    size_t next = 0;
-    for (DoraAdapter* adapter : adapters_) {
-      if (adapter->row()) adapter->set_squares(sums[next++]);
+    auto next = sums.begin();
+    for (const NormGroup& group : groups_) {
+      if (group.row()) group.set_squares((next++)->view({group.size(), -1}));
     }
   }
 
   std::vector<DoraAdapter*> adapters_;  // owned by their linears
+  std::vector<NormGroup> groups_;
 };
 
 }  // namespace

@@ -21,7 +21,7 @@ class LoraFactors {
 
   /// Registers both; valid while this object stays where it is.
   void add_to(ParameterStore& store, const LinearSite& site, const Options& options);
-  ops::LowRank low_rank(const ops::Dropout& dropout = {}) const { return {a_RI_, b_OR_, scale_, {}, dropout}; }
+  ops::LowRank low_rank(const ops::Dropout& dropout = {}) const { return {a_RI_, b_OR_, scale_, dropout}; }
 
  private:
   double scale_ = 1;

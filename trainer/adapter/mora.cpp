@@ -52,7 +52,8 @@ class MoraAdapter : public Adapter {
       : in_(extent(site.in, site.in_shard)), out_(extent(site.out, site.out_shard)), type_(type), dropout_(dropout) {}
 
   std::shared_ptr<const ops::Update> update(const ops::Dropout& dropout) const override {
-    return std::make_shared<ops::MoraUpdate>(ops::Mora{m_RR_, type_.compress, type_.decompress, in_, out_, dropout});
+    return std::make_shared<ops::MoraUpdate>(
+        ops::Mora{m_RR_, type_.compress, type_.decompress, in_, out_, dropout, rotation_});
   }
   double dropout() const override { return dropout_; }
 
@@ -61,15 +62,22 @@ class MoraAdapter : public Adapter {
     spec.name = peft_name(module, kMatrix);
     spec.shape = {side, side};
     spec.scope = GradientScope::everywhere;
-    spec.bind = [this](const ops::Weight& w) { m_RR_ = w; };
+    spec.bind = [this](const ops::Weight& w) { bind(w); };
     store.add(std::move(spec));
   }
 
  private:
+  void bind(const ops::Weight& m_RR) {
+    m_RR_ = m_RR;
+    if (type_.compress != ops::Grouping::rotate) return;
+    rotation_ = ops::rotation_of(m_RR.value.size(0), in_.size, out_.size, m_RR.value.options().requires_grad(false));
+  }
+
   ops::Extent in_, out_;
   const MoraType& type_;
   double dropout_;
   ops::Weight m_RR_;
+  ops::Rotation rotation_;
 };
 
 class Mora : public AdapterMethod {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "trainer/ops/dropout.h"
+#include "trainer/ops/mora.h"
 #include "trainer/ops/quantize.h"
 
 /// The CUDA kernels behind the ops. Every tensor: CUDA, contiguous, float32 or bfloat16 (has_kernel); statistics and
@@ -40,6 +41,22 @@ void softmax_gradient(const at::Tensor& logits_MV, const at::Tensor& lse_M, cons
 /// (max [M], sum of exp(logits - max) [M], logit of the target or 0 where outside [M]), float32, in one pass.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tensor& logits_MV,
                                                                   const at::Tensor& targets_M);
+
+/// q = gamma (q + scale u B^T) in place; q [N, O], u [N, R], B [O, R] bfloat16, R a multiple of 8; gamma [O] float32.
+/// One rounding.
+void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const at::Tensor& b_OR, double scale,
+                         const at::Tensor& gamma_O);
+/// (gamma g [N, O], sum over N of g z [O] float32); gamma [O] float32. The order of the sum is fixed.
+std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
+                                                const at::Tensor& gamma_O);
+
+/// The maps of MoRA and their adjoints; x, g [N, this rank's features]. Compressed rows are [N, P] or, with rotation,
+/// [N, blocks, P], with P the side of the matrix rounded up to a multiple of 8, zeros beyond the side. What is added to
+/// `y` and `dx` in place is rounded once with it.
+at::Tensor mora_compress(const at::Tensor& x_NL, const Mora& s);
+at::Tensor mora_gather(const at::Tensor& g_NL, const Mora& s);
+void mora_add_decompressed(const at::Tensor& y_NL, const at::Tensor& z, const Mora& s);
+void mora_add_expanded(const at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s);
 
 /// Fills `out` (float32, float64 or bfloat16) with the weights.
 void nf4_dequantise(const Nf4& w, const at::Tensor& out);

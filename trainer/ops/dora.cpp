@@ -1,5 +1,7 @@
 #include "trainer/ops/dora.h"
 
+#include "trainer/ops/cuda.h"
+
 namespace corank::ops {
 namespace {
 
@@ -9,10 +11,20 @@ at::Tensor scale_columns(const at::Tensor& x_NO, const at::Tensor& factor_O) {
   return at::mul_out(y_NO, x_NO, factor_O);
 }
 
-at::Tensor with_bias(at::Tensor y_NO, const at::Tensor& bias_O) { return bias_O.defined() ? y_NO.add_(bias_O) : y_NO; }
+/// q = gamma (q + s u B^T), in place.
+void scaled_sum(at::Tensor& q_NO, const at::Tensor& u_NR, const LowRank& f, const at::Tensor& gamma_O) {
+  if (q_NO.is_cuda() && q_NO.scalar_type() == at::kBFloat16) {
+    return cuda::scaled_low_rank_sum(q_NO, u_NR, f.b_OR.value, f.scale, gamma_O);
+  }
+  q_NO.addmm_(u_NR, f.b_OR.value.t(), /*beta=*/1, /*alpha=*/f.scale);
+  at::mul_out(q_NO, q_NO, gamma_O);
+}
 
-at::Tensor column_dots(const at::Tensor& a_NO, const at::Tensor& b_NO, at::ScalarType dtype) {
-  return (a_NO.to(dtype) * b_NO).sum(0);
+/// (gamma g, sum over tokens of g z).
+std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
+                                                const at::Tensor& gamma_O) {
+  if (g_NO.is_cuda() && cuda::has_kernel(g_NO)) return cuda::scale_and_dot(g_NO, z_NO, gamma_O);
+  return {scale_columns(g_NO, gamma_O), (g_NO.to(gamma_O.scalar_type()) * z_NO).sum(0)};
 }
 
 }  // namespace
@@ -27,23 +39,23 @@ at::Tensor DoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at
   at::Tensor q_NO = at::mm(dropped_NI, w_OI.t());
   saved.push_back(u_NR);
   if (!f_.dropout.active()) {
-    q_NO.addmm_(u_NR, f_.b_OR.value.t(), /*beta=*/1, /*alpha=*/f_.scale);
+    scaled_sum(q_NO, u_NR, f_, s_.gamma_O);
     saved.push_back(q_NO);
-    return with_bias(scale_columns(q_NO, s_.gamma_O), bias_O);
+    return bias_O.defined() ? q_NO + bias_O : s_.overwritten ? q_NO.clone() : q_NO;
   }
   const at::Tensor low_NO = at::mm(u_NR, f_.b_OR.value.t()).mul_(f_.scale);
   at::Tensor y_NO = at::mm(x_NI, w_OI.t());
   y_NO.add_(scale_columns(q_NO, s_.gamma_O - 1)).add_(scale_columns(low_NO, s_.gamma_O));
   saved.push_back(q_NO.add_(low_NO));
-  return with_bias(y_NO, bias_O);
+  return bias_O.defined() ? y_NO.add_(bias_O) : y_NO;
 }
 
 std::vector<at::Tensor> DoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
                                              const std::vector<at::Tensor>& saved, bool needs_dx,
                                              at::Tensor& dx_NI) const {
-  const at::Tensor h_NO = scale_columns(g_NO, s_.gamma_O);
+  const auto [h_NO, dots_O] = scale_and_dot(g_NO, saved[1], s_.gamma_O);
   LowRankGradients grads = low_rank_gradients(f_, h_NO, dropout(x_NI, f_.dropout), saved[0]);
-  grads.leaves.push_back(column_dots(g_NO, saved[1], s_.gamma_O.scalar_type()).mul_(s_.inverse_norm_O));
+  grads.leaves.push_back(dots_O * (f_.dropout.active() ? s_.inverse_norm_O : s_.inverse_norm_O / s_.gamma_O));
   if (!needs_dx) return std::move(grads.leaves);
   const at::Tensor w_OI = w.dense_OI();
   if (f_.dropout.active()) {
@@ -61,12 +73,20 @@ at::Tensor squared_row_norms(const at::Tensor& w_OI, at::ScalarType dtype) {
   return at::linalg_vector_norm(w_OI, 2, {1}, false, dtype).square_();
 }
 
-at::Tensor squared_row_norms(const at::Tensor& base_square_O, const at::Tensor& w_OI, const LowRank& f) {
-  const auto dtype = base_square_O.scalar_type();
-  const at::Tensor a_RI = f.a_RI.value.to(dtype), b_OR = f.b_OR.value.to(dtype);
-  const at::Tensor cross_OR = matmul_to(w_OI, f.a_RI.value.t(), dtype).mul_(2 * f.scale);
-  const at::Tensor own_OR = at::mm(b_OR, at::mm(a_RI, a_RI.t())).mul_(f.scale * f.scale);
-  return base_square_O + (b_OR * (cross_OR + own_OR)).sum(1);
+at::Tensor squared_row_norms(const at::Tensor& base_squares_MO, const std::vector<const Matrix*>& weights,
+                             const std::vector<LowRank>& factors) {
+  const auto dtype = base_squares_MO.scalar_type();
+  const double s = factors.front().scale;
+  std::vector<at::Tensor> a, b, cross;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    a.push_back(factors[i].a_RI.value);
+    b.push_back(factors[i].b_OR.value);
+    cross.push_back(matmul_to(weights[i]->dense_OI(), a.back().t(), dtype));
+  }
+  const at::Tensor a_MRI = at::stack(a).to(dtype), b_MOR = at::stack(b).to(dtype);
+  const at::Tensor own_MOR = at::bmm(b_MOR, at::bmm(a_MRI, a_MRI.transpose(1, 2)));
+  const at::Tensor inner_MOR = at::stack(cross).mul_(2 * s).add_(own_MOR, s * s);
+  return base_squares_MO + (b_MOR * inner_MOR).sum(2);
 }
 
 at::Tensor squared_row_norms_reference(const at::Tensor& w_OI, const LowRank& f) {

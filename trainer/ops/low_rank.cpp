@@ -1,37 +1,40 @@
 #include "trainer/ops/low_rank.h"
 
 namespace corank::ops {
-namespace {
 
-at::Tensor scaled_by_e(const at::Tensor& u_NR, const LowRank& f) {
-  return f.e_R1.defined() ? u_NR * f.e_R1.value.view({-1}) : u_NR;
+LowRank padded(LowRank f, int64_t multiple) {
+  const int64_t missing = (multiple - f.a_RI.value.size(0) % multiple) % multiple;
+  if (missing == 0) return f;
+  f.a_RI.value = at::constant_pad_nd(f.a_RI.value, {0, 0, 0, missing});
+  f.b_OR.value = at::constant_pad_nd(f.b_OR.value, {0, missing});
+  return f;
 }
 
-}  // namespace
-
-std::vector<at::Tensor> LowRankUpdate::leaves() const {
-  std::vector<at::Tensor> leaves{f_.a_RI.leaf, f_.b_OR.leaf};
-  if (f_.e_R1.defined()) leaves.push_back(f_.e_R1.leaf);
-  return leaves;
+LowRank aligned(LowRank f) {
+  const bool matrix_units = f.a_RI.value.is_cuda() && f.a_RI.value.scalar_type() == at::kBFloat16;
+  return matrix_units ? padded(std::move(f), 8) : f;
 }
+
+LowRankUpdate::LowRankUpdate(LowRank factors) : f_(aligned(std::move(factors))) {}
+
+std::vector<at::Tensor> LowRankUpdate::leaves() const { return {f_.a_RI.leaf, f_.b_OR.leaf}; }
 
 at::Tensor LowRankUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                                   std::vector<at::Tensor>& saved) const {
   at::Tensor y_NO = affine(x_NI, w.dense_OI(), bias_O);
   const at::Tensor u_NR = at::mm(dropout(x_NI, f_.dropout), f_.a_RI.value.t());
   saved.push_back(u_NR);
-  return y_NO.addmm_(scaled_by_e(u_NR, f_), f_.b_OR.value.t(), /*beta=*/1, /*alpha=*/f_.scale);
+  return y_NO.addmm_(u_NR, f_.b_OR.value.t(), /*beta=*/1, /*alpha=*/f_.scale);
 }
 
 LowRankGradients low_rank_gradients(const LowRank& f, const at::Tensor& g_NO, const at::Tensor& dropped_x_NI,
                                     const at::Tensor& u_NR) {
   const auto master = f.a_RI.leaf.scalar_type();
+  const int64_t rank = f.a_RI.leaf.size(0);
   LowRankGradients grads;
-  const at::Tensor t_NR = at::mm(g_NO, f.b_OR.value).mul_(f.scale);
-  grads.du_NR = scaled_by_e(t_NR, f);
-  grads.leaves.push_back(matmul_to(grads.du_NR.t(), dropped_x_NI, master));
-  grads.leaves.push_back(matmul_to(g_NO.t(), scaled_by_e(u_NR, f), master).mul_(f.scale));
-  if (f.e_R1.defined()) grads.leaves.push_back((u_NR.to(master) * t_NR.to(master)).sum(0).view({-1, 1}));
+  grads.du_NR = at::mm(g_NO, f.b_OR.value).mul_(f.scale);
+  grads.leaves.push_back(matmul_to(grads.du_NR.t(), dropped_x_NI, master).narrow(0, 0, rank));
+  grads.leaves.push_back(matmul_to(g_NO.t(), u_NR, master).narrow(1, 0, rank).mul_(f.scale));
   return grads;
 }
 
@@ -47,6 +50,32 @@ std::vector<at::Tensor> LowRankUpdate::backward(const at::Tensor& g_NO, const at
     dx_NI.addmm_(grads.du_NR, f_.a_RI.value);
   }
   return std::move(grads.leaves);
+}
+
+DiagonalUpdate::DiagonalUpdate(LowRank f, Weight e_R1)
+    : a_RI_(f.a_RI),
+      e_R1_(std::move(e_R1)),
+      scaled_({{e_R1_.value * f.a_RI.value, f.a_RI.leaf}, f.b_OR, f.scale, f.dropout}) {}
+
+std::vector<at::Tensor> DiagonalUpdate::leaves() const {
+  std::vector<at::Tensor> leaves = scaled_.leaves();
+  leaves.push_back(e_R1_.leaf);
+  return leaves;
+}
+
+at::Tensor DiagonalUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
+                                   std::vector<at::Tensor>& saved) const {
+  return scaled_.forward(x_NI, w, bias_O, saved);
+}
+
+std::vector<at::Tensor> DiagonalUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
+                                                 const std::vector<at::Tensor>& saved, bool needs_dx,
+                                                 at::Tensor& dx_NI) const {
+  std::vector<at::Tensor> grads = scaled_.backward(g_NO, x_NI, w, saved, needs_dx, dx_NI);
+  const at::Tensor of_e_R1 = (grads[0] * a_RI_.value).sum(1, /*keepdim=*/true);
+  grads[0] = grads[0] * e_R1_.value;
+  grads.push_back(of_e_R1);
+  return grads;
 }
 
 }  // namespace corank::ops

@@ -5,22 +5,23 @@
 // Legend: N tokens, I in, O out, R rank.
 namespace corank::ops {
 
-/// s B diag(e) A, in the compute dtype of the layer; e is 1 where it is undefined.
+/// s B A, in the compute dtype of the layer.
 struct LowRank {
   Weight a_RI;
   Weight b_OR;
   double scale = 1;
-  Weight e_R1;
   Dropout dropout;  ///< of the adapter's input
 };
 
-/// LoRA (arXiv 2106.09685; methods 2.1) and, with e, AdaLoRA's form (2303.10512; methods 7.1):
-/// y = x W^T + s ((drop(x) A^T) e) B^T. Leaves A, B, e. Saved: u = drop(x) A^T [N, R].
-/// Backward: t = s g B; dB = s g^T (u e); de = sum over tokens of u t; du = t e; dA = du^T drop(x); dx = g W + mask (du
-/// A).
+/// The same product with zeros up to a rank that is a multiple of `multiple`: matrix units of GPUs read rows of 16
+/// bytes. Leaves stay as they are.
+LowRank padded(LowRank factors, int64_t multiple);
+
+/// LoRA (arXiv 2106.09685; methods 2.1): y = x W^T + s (drop(x) A^T) B^T. Leaves A, B. Saved: u = drop(x) A^T [N, R].
+/// Backward: du = s g B; dB = s g^T u; dA = du^T drop(x); dx = g W + mask (du A).
 class LowRankUpdate : public Update {
  public:
-  explicit LowRankUpdate(LowRank factors) : f_(std::move(factors)) {}
+  explicit LowRankUpdate(LowRank factors);
   std::vector<at::Tensor> leaves() const override;
   at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override;
@@ -32,9 +33,29 @@ class LowRankUpdate : public Update {
   LowRank f_;
 };
 
-/// The three parts of a low-rank backward, for updates that are built on it. `g_NO` reaches the product from behind.
+/// s B diag(e) A, AdaLoRA's form (arXiv 2303.10512; methods 7.1): LoRA whose first factor is diag(e) A. Leaves A, B, e.
+/// With G the gradient of that factor: dA = e G, de = row sums of G A.
+class DiagonalUpdate : public Update {
+ public:
+  DiagonalUpdate(LowRank factors, Weight e_R1);
+  std::vector<at::Tensor> leaves() const override;
+  at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
+                     std::vector<at::Tensor>& saved) const override;
+  std::vector<at::Tensor> backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
+                                   const std::vector<at::Tensor>& saved, bool needs_dx,
+                                   at::Tensor& dx_NI) const override;
+
+ private:
+  Weight a_RI_, e_R1_;
+  LowRankUpdate scaled_;
+};
+
+/// LowRank as the layer's device reads it best.
+LowRank aligned(LowRank factors);
+
+/// The two parts of a low-rank backward, for updates that are built on it. `g_NO` reaches the product from behind.
 struct LowRankGradients {
-  std::vector<at::Tensor> leaves;  ///< of A, B and, where it is defined, e
+  std::vector<at::Tensor> leaves;  ///< of A and B
   at::Tensor du_NR;                ///< of u
 };
 LowRankGradients low_rank_gradients(const LowRank& f, const at::Tensor& g_NO, const at::Tensor& dropped_x_NI,

@@ -1,6 +1,9 @@
 #include "trainer/ops/mora.h"
 
+#include <algorithm>
 #include <cmath>
+
+#include "trainer/ops/cuda.h"
 
 namespace corank::ops {
 namespace {
@@ -55,24 +58,22 @@ at::Tensor spread_groups(const at::Tensor& c_NR, const Extent& extent, Grouping 
 }
 
 /// Block b of x_NBR turned by b times the angles 10000^(-2 l / R), halves paired as in Llama's rotary positions;
-/// direction -1: back. Tables in float32, as the authors' program has them.
-at::Tensor rotate(const at::Tensor& x_NBR, int direction) {
-  const int64_t blocks = x_NBR.size(1), half = x_NBR.size(2) / 2;
-  const auto options = x_NBR.options().dtype(at::kFloat);
-  const at::Tensor inverse =
-      at::pow(10000.0, at::arange(half, options).mul_(2).div_(static_cast<double>(2 * half)).neg_());
-  const at::Tensor angles = at::outer(at::arange(blocks, options), inverse);
-  const at::Tensor cos = angles.cos().to(x_NBR.scalar_type());
-  const at::Tensor sin = (angles.sin() * direction).to(x_NBR.scalar_type());
-  const at::Tensor a = x_NBR.narrow(2, 0, half), c = x_NBR.narrow(2, half, half);
-  return at::cat({a * cos - c * sin, c * cos + a * sin}, 2);
+/// direction -1: back.
+at::Tensor rotate(const at::Tensor& x_NBR, const Rotation& by, int direction) {
+  const int64_t half = x_NBR.size(2) / 2;
+  const at::Tensor a = x_NBR.narrow(2, 0, half), c = x_NBR.narrow(2, half, half), sin_BH = by.sin_BH * direction;
+  return at::cat({a * by.cos_BH - c * sin_BH, c * by.cos_BH + a * sin_BH}, 2);
 }
 
+bool has_kernel(const at::Tensor& x) { return x.is_cuda() && cuda::has_kernel(x); }
+
+/// [N, R], or [N, blocks, R]. The kernels make rows of the matrix's width, see padded().
 at::Tensor compressed(const at::Tensor& x_NL, const Mora& s) {
-  const int64_t r = s.m_RR.value.size(0);
+  if (has_kernel(x_NL)) return cuda::mora_compress(x_NL, s);
+  const int64_t r = s.side();
   if (s.compress != Grouping::rotate) return sum_groups(x_NL, s.in, s.compress, r, /*wrap=*/true);
   const at::Tensor placed = place(x_NL, s.in, blocks_of(s.in.size, r) * r, /*wrap=*/true);
-  return rotate(placed.view({x_NL.size(0), -1, r}), 1);
+  return rotate(placed.narrow(1, 0, s.blocks() * r).unflatten(1, {-1, r}), s.rotation, 1);
 }
 
 /// Outputs p of all ranks read value p mod `period`.
@@ -80,23 +81,40 @@ at::Tensor repeated(const at::Tensor& z_NP, const Extent& out) {
   return z_NP.repeat({1, blocks_of(out.size, z_NP.size(1))}).narrow(1, out.start, out.length);
 }
 
-at::Tensor decompressed(const at::Tensor& z, const Mora& s) {
-  if (s.decompress != Grouping::rotate) return spread_groups(z, s.out, s.decompress, /*wrap=*/false);
-  return repeated(z.flatten(1), s.out);
+void add_decompressed(at::Tensor& y_NL, const at::Tensor& z, const Mora& s) {
+  if (has_kernel(y_NL)) return cuda::mora_add_decompressed(y_NL, z, s);
+  y_NL.add_(s.decompress == Grouping::rotate ? repeated(z.flatten(1), s.out)
+                                             : spread_groups(z, s.out, s.decompress, /*wrap=*/false));
 }
 
-/// The adjoint of decompressed().
+/// The adjoint of decompressing.
 at::Tensor gathered(const at::Tensor& g_NL, const at::Tensor& like, const Mora& s) {
+  if (has_kernel(g_NL)) return cuda::mora_gather(g_NL, s);
   if (s.decompress != Grouping::rotate) return sum_groups(g_NL, s.out, s.decompress, like.size(1), /*wrap=*/false);
   const int64_t period = like.size(1) * like.size(2);
   return sum_groups(g_NL, s.out, Grouping::modulo, period, /*wrap=*/false).view_as(like);
 }
 
-/// The adjoint of compressed().
-at::Tensor expanded(const at::Tensor& dc, const Mora& s) {
-  if (s.compress != Grouping::rotate) return spread_groups(dc, s.in, s.compress, /*wrap=*/true);
-  return unplace(rotate(dc, -1).flatten(1), s.in, /*wrap=*/true);
+/// The adjoint of compressing.
+void add_expanded(at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s) {
+  if (has_kernel(dx_NL)) return cuda::mora_add_expanded(dx_NL, dc, s);
+  if (s.compress != Grouping::rotate) {
+    dx_NL.add_(spread_groups(dc, s.in, s.compress, /*wrap=*/true));
+    return;
+  }
+  const int64_t unused = blocks_of(s.in.size, s.side()) - s.blocks();
+  const at::Tensor all = at::constant_pad_nd(rotate(dc, s.rotation, -1).flatten(1), {0, unused * s.side()});
+  dx_NL.add_(unplace(all, s.in, /*wrap=*/true));
 }
+
+/// The matrix with zeros up to the width of what compressed() made.
+at::Tensor padded(const at::Tensor& m_RR, const at::Tensor& c) {
+  const int64_t missing = c.size(-1) - m_RR.size(0);
+  return missing == 0 ? m_RR : at::constant_pad_nd(m_RR, {0, missing, 0, missing});
+}
+
+/// Each row of c, in all its blocks, through `m`.
+at::Tensor through(const at::Tensor& c, const at::Tensor& m) { return at::mm(c.flatten(0, -2), m).view(c.sizes()); }
 
 /// The column of `all` features that an input's group reads, and the group; see Grouping.
 int64_t group_of(int64_t index, int64_t size, int64_t r, Grouping grouping) {
@@ -130,22 +148,44 @@ at::Tensor rotation_delta(const at::Tensor& m_RR, int64_t in, int64_t out) {
 
 }  // namespace
 
+int64_t Mora::blocks() const {
+  if (compress != Grouping::rotate) return 1;
+  return std::min(blocks_of(in.size, side()), blocks_of(out.size, side()));
+}
+
+Rotation rotation_of(int64_t r, int64_t in, int64_t out, const at::TensorOptions& options) {
+  const auto wide = options.dtype(at::kFloat);
+  const at::Tensor inverse = at::pow(10000.0, at::arange(r / 2, wide).mul_(2).div_(static_cast<double>(r)).neg_());
+  const at::Tensor angles = at::outer(at::arange(std::min(blocks_of(in, r), blocks_of(out, r)), wide), inverse);
+  return {angles.cos().to(options.dtype()), angles.sin().to(options.dtype())};
+}
+
 at::Tensor MoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                                std::vector<at::Tensor>& saved) const {
   const at::Tensor c = compressed(ops::dropout(x_NI, s_.dropout), s_);
   saved.push_back(c);
-  return affine(x_NI, w.dense_OI(), bias_O).add_(decompressed(at::matmul(c, s_.m_RR.value.t()), s_));
+  at::Tensor y_NO = affine(x_NI, w.dense_OI(), bias_O);
+  add_decompressed(y_NO, through(c, padded(s_.m_RR.value, c).t()), s_);
+  return y_NO;
 }
 
-std::vector<at::Tensor> MoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor&, const Matrix& w,
+std::vector<at::Tensor> MoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
                                              const std::vector<at::Tensor>& saved, bool needs_dx,
                                              at::Tensor& dx_NI) const {
-  const int64_t r = s_.m_RR.value.size(0);
-  const at::Tensor dz = gathered(g_NO, saved[0], s_);
-  const at::Tensor dm_RR = matmul_to(dz.reshape({-1, r}).t(), saved[0].reshape({-1, r}), s_.m_RR.leaf.scalar_type());
+  const at::Tensor& c = saved[0];
+  const at::Tensor dz = gathered(g_NO, c, s_);
+  const at::Tensor dm = matmul_to(dz.flatten(0, -2).t(), c.flatten(0, -2), s_.m_RR.leaf.scalar_type());
+  const at::Tensor dm_RR = dm.narrow(0, 0, s_.side()).narrow(1, 0, s_.side());
   if (!needs_dx) return {dm_RR};
   add_product(dx_NI, g_NO, w.dense_OI());
-  dx_NI.add_(dropout(expanded(at::matmul(dz, s_.m_RR.value), s_), s_.dropout));
+  const at::Tensor dc = through(dz, padded(s_.m_RR.value, c));
+  if (!s_.dropout.active()) {
+    add_expanded(dx_NI, dc, s_);
+  } else {
+    at::Tensor behind_NI = at::zeros_like(x_NI);
+    add_expanded(behind_NI, dc, s_);
+    dx_NI.add_(dropout(behind_NI, s_.dropout));
+  }
   return {dm_RR};
 }
 

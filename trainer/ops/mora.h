@@ -17,12 +17,26 @@ struct Extent {
   int64_t start = 0, length = 0;  ///< this rank's
 };
 
+/// cos and sin [blocks, R / 2] of the angles by which `rotate` turns its blocks.
+struct Rotation {
+  at::Tensor cos_BH, sin_BH;
+};
+
 struct Mora {
   Weight m_RR;
   Grouping compress = Grouping::modulo, decompress = Grouping::modulo;  ///< rotate: both
   Extent in, out;
   Dropout dropout;
+  Rotation rotation;  ///< defined for `rotate` only
+
+  int64_t side() const { return m_RR.value.size(0); }
+  /// Inputs go through the matrix in so many blocks of R. `rotate` leaves out those that no output reads.
+  int64_t blocks() const;
 };
+
+/// Tables of a linear of full sizes `in` and `out`, computed in float32 and rounded to the dtype of `options`, as the
+/// authors' program has them.
+Rotation rotation_of(int64_t r, int64_t in, int64_t out, const at::TensorOptions& options);
 
 /// y = x W^T + decompress(compress(drop(x)) M^T). Leaf M. Saved: the compressed input [N, R] (rotate: [N, blocks, R]).
 /// Tensor parallel (methods 10.4): global indices, M replicated, its gradient a partial sum.

@@ -1,0 +1,172 @@
+#include <mma.h>
+
+#include "trainer/ops/cuda_common.cuh"
+
+namespace corank::ops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// ---- q = gamma (q + scale u B^T). A block makes one tile; tensor cores make the product of one depth after another.
+constexpr int kTileRows = 64, kTileColumns = 128, kDepth = 16;
+constexpr int kFactorStride = kDepth + 8, kSumStride = kTileColumns + 4;  // padded against bank conflicts
+
+using Factor = __nv_bfloat16;
+
+/// Rows [first, first + Rows) and depths [depth, depth + kDepth) of a [count, r] factor; zeros beyond it. r % 8 == 0.
+template <int Rows>
+__device__ void stage(Factor* tile, const Factor* __restrict__ factor, int64_t first, int64_t count, int depth, int r) {
+  constexpr int kPacks = kDepth / 8;
+  for (int i = threadIdx.x; i < Rows * kPacks; i += kThreads) {
+    const int row = i / kPacks, column = i % kPacks * 8;
+    Pack<Factor, 8> pack{};
+    if (first + row < count && depth + column < r) {
+      pack = load<8>(factor, ((first + row) * r + depth + column) / 8);
+    }
+    store<8>(tile, (row * kFactorStride + column) / 8, pack);
+  }
+}
+
+template <int W>
+__global__ void __launch_bounds__(kThreads, 3)
+    scaled_sum(Factor* __restrict__ q, const Factor* __restrict__ u, const Factor* __restrict__ b,
+               const float* __restrict__ gamma, float scale, int64_t rows, int64_t width, int r) {
+  namespace wmma = nvcuda::wmma;
+  __shared__ __align__(32) Factor u_tile[kTileRows * kFactorStride], b_tile[kTileColumns * kFactorStride];
+  __shared__ __align__(32) float sums[kTileRows * kSumStride];
+  const int64_t first_row = int64_t{blockIdx.x} * kTileRows, first_column = int64_t{blockIdx.y} * kTileColumns;
+  const int warp_row = threadIdx.x / 32 % 4 * 16, warp_column = threadIdx.x / 128 * 64;
+
+  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[4];
+#pragma unroll
+  for (auto& part : sum) wmma::fill_fragment(part, 0);
+  for (int depth = 0; depth < r; depth += kDepth) {
+    stage<kTileRows>(u_tile, u, first_row, rows, depth, r);
+    stage<kTileColumns>(b_tile, b, first_column, width, depth, r);
+    __syncthreads();
+    wmma::fragment<wmma::matrix_a, 16, 16, 16, Factor, wmma::row_major> left;
+    wmma::load_matrix_sync(left, u_tile + warp_row * kFactorStride, kFactorStride);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wmma::fragment<wmma::matrix_b, 16, 16, 16, Factor, wmma::col_major> right;
+      wmma::load_matrix_sync(right, b_tile + (warp_column + 16 * i) * kFactorStride, kFactorStride);
+      wmma::mma_sync(sum[i], left, right, sum[i]);
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    wmma::store_matrix_sync(sums + warp_row * kSumStride + warp_column + 16 * i, sum[i], kSumStride,
+                            wmma::mem_row_major);
+  }
+  __syncthreads();
+
+  constexpr int kPacks = kTileColumns / W;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kTileRows * kPacks; i += kThreads) {
+    const int row = i / kPacks, column = i % kPacks * W;
+    if (first_row + row >= rows || first_column + column >= width) continue;
+    const int64_t place = ((first_row + row) * width + first_column + column) / W;
+    Pack<Factor, W> pack = load<W>(q, place);
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      const float value = static_cast<float>(pack.v[j]) + scale * sums[row * kSumStride + column + j];
+      pack.v[j] = static_cast<Factor>(gamma[first_column + column + j] * value);
+    }
+    store<W>(q, place, pack);
+  }
+}
+
+// ---- (gamma g, column sums of g z). A block takes some rows of 32 packs of columns; its sums are one row of
+// `partial`.
+constexpr int kLanes = 32, kStripes = kThreads / kLanes, kRowsOfBlock = 64;
+
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads)
+    scale_and_dot(const T* __restrict__ g, const T* __restrict__ z, const float* __restrict__ gamma, T* __restrict__ h,
+                  float* __restrict__ partial, int64_t rows, int64_t packs) {
+  __shared__ float of_stripe[kStripes][kLanes * W];
+  const int lane = threadIdx.x % kLanes, stripe = threadIdx.x / kLanes;
+  const int64_t pack = int64_t{blockIdx.x} * kLanes + lane, begin = int64_t{blockIdx.y} * kRowsOfBlock;
+  const int64_t end = begin + kRowsOfBlock < rows ? begin + kRowsOfBlock : rows;
+  float dots[W] = {}, factors[W] = {};
+  if (pack < packs) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) factors[j] = gamma[pack * W + j];
+#pragma unroll 4
+    for (int64_t row = begin + stripe; row < end; row += kStripes) {
+      const Pack<T, W> gs = load<W>(g, row * packs + pack), zs = load<W>(z, row * packs + pack);
+      Pack<T, W> out;
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        dots[j] += static_cast<float>(gs.v[j]) * static_cast<float>(zs.v[j]);
+        out.v[j] = static_cast<T>(static_cast<float>(gs.v[j]) * factors[j]);
+      }
+      store<W>(h, row * packs + pack, out);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < W; ++j) of_stripe[stripe][lane * W + j] = dots[j];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kLanes * W; i += kThreads) {
+    const int64_t column = int64_t{blockIdx.x} * kLanes * W + i;
+    if (column >= packs * W) continue;
+    float sum = 0;
+#pragma unroll
+    for (int s = 0; s < kStripes; ++s) sum += of_stripe[s][i];
+    partial[blockIdx.y * packs * W + column] = sum;
+  }
+}
+
+unsigned second_grid_size(int64_t blocks) {
+  TORCH_CHECK(blocks <= 65535, "no CUDA grid has ", blocks, " blocks in its second dimension");
+  return static_cast<unsigned>(blocks);
+}
+
+}  // namespace
+
+void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const at::Tensor& b_OR, double scale,
+                         const at::Tensor& gamma_O) {
+  const int64_t rows = q_NO.size(0), width = q_NO.size(1), r = u_NR.size(1);
+  require(q_NO, at::kBFloat16, rows * width, "scaled_low_rank_sum q");
+  require(u_NR, at::kBFloat16, rows * r, "scaled_low_rank_sum u");
+  require(b_OR, at::kBFloat16, width * r, "scaled_low_rank_sum B");
+  require(gamma_O, at::kFloat, width, "scaled_low_rank_sum gamma");
+  TORCH_CHECK(r % 8 == 0 && has_packs<at::BFloat16>(r, {u_NR, b_OR}), "scaled_low_rank_sum: rank ", r,
+              " is not a multiple of 8, or the factors do not begin at 16 bytes");
+  if (q_NO.numel() == 0) return;
+  const dim3 grid(grid_size(ceil_div(rows, kTileRows)), second_grid_size(ceil_div(width, kTileColumns)));
+  const auto data = [](const at::Tensor& t) { return static_cast<Factor*>(t.data_ptr()); };
+  const auto run = [&](auto wide) {
+    scaled_sum<decltype(wide)::value><<<grid, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        data(q_NO), data(u_NR), data(b_OR), gamma_O.const_data_ptr<float>(), static_cast<float>(scale), rows, width,
+        static_cast<int>(r));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  has_packs<at::BFloat16>(width, q_NO) ? run(std::integral_constant<int, 8>{}) : run(std::integral_constant<int, 1>{});
+}
+
+std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
+                                                const at::Tensor& gamma_O) {
+  const int64_t rows = g_NO.size(0), width = g_NO.size(1);
+  require(g_NO, g_NO.scalar_type(), rows * width, "scale_and_dot g");
+  require(z_NO, g_NO.scalar_type(), rows * width, "scale_and_dot z");
+  require(gamma_O, at::kFloat, width, "scale_and_dot gamma");
+  at::Tensor h_NO = at::empty_like(g_NO);
+  if (g_NO.numel() == 0) return {h_NO, at::zeros_like(gamma_O)};
+  const int64_t blocks = ceil_div(rows, kRowsOfBlock);
+  at::Tensor partial = at::empty({blocks, width}, gamma_O.options());
+  with_packs(g_NO, width, {z_NO, h_NO}, [&](auto type, auto wide) {
+    using T = decltype(type);
+    constexpr int W = decltype(wide)::value;
+    const int64_t packs = width / W;
+    const dim3 grid(grid_size(ceil_div(packs, kLanes)), second_grid_size(blocks));
+    scale_and_dot<T, W><<<grid, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        g_NO.const_data_ptr<T>(), z_NO.const_data_ptr<T>(), gamma_O.const_data_ptr<float>(), h_NO.mutable_data_ptr<T>(),
+        partial.mutable_data_ptr<float>(), rows, packs);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {h_NO, partial.sum(0)};
+}
+
+}  // namespace corank::ops::cuda
