@@ -610,7 +610,8 @@ constexpr std::pair<Grouping, Grouping> kMoraTypes[] = {{Grouping::modulo, Group
 /// Three roundings to bfloat16 lie between x and y, between x, g and dx; float32 sums run over more than one kernel.
 bool near(const at::Tensor& got, const at::Tensor& expected) {
   const at::Tensor error = got.cpu().to(at::kDouble) - expected;
-  return (error.norm() / expected.norm()).item<double>() < (got.scalar_type() == at::kBFloat16 ? 1e-2 : 2e-6);
+  const double limit = got.scalar_type() == at::kBFloat16 ? 1e-2 : 2e-6;
+  return error.norm().item<double>() <= limit * expected.norm().item<double>();  // zeros: this rank has no part in it
 }
 
 void expect_mora_is_the_cpus(const Mora& s, int64_t r, at::ScalarType type) {
