@@ -558,18 +558,19 @@ TEST_F(GpuKernels, ScaleAndDot) {
   for_types_and_shapes({1, 8, 100, 576, 5000, 8192}, [](at::ScalarType type, int64_t rows, int64_t width) {
     const at::Tensor g = normal({rows, width}, type), z = normal({rows, width}, type),
                      gamma = normal({width}, at::kFloat);
-    const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma));
+    const at::Tensor factor = normal({width}, at::kFloat);
+    const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma), gpu(factor));
     EXPECT_TRUE(close(h, wide(g) * wide(gamma)));
-    EXPECT_TRUE(close(dots, (wide(g) * wide(z)).sum(0)));
-    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu_misaligned(g), gpu(z), gpu(gamma)).first, h));
-    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma)).second, dots));
+    EXPECT_TRUE(close(dots, (wide(g) * wide(z)).sum(0) * wide(factor)));
+    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu_misaligned(g), gpu(z), gpu(gamma), gpu(factor)).first, h));
+    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma), gpu(factor)).second, dots));
   });
 }
 
 TEST_F(GpuKernels, ScaleAndDotPlantedErrorsAreFound) {
   const at::Tensor g = normal({257, 576}, at::kBFloat16), z = normal({257, 576}, at::kBFloat16);
   const at::Tensor gamma = normal({576}, at::kFloat);
-  const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma));
+  const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma), gpu(at::ones({576})));
   EXPECT_FALSE(close(h, wide(g) * wide(gamma).roll(1)));
   EXPECT_FALSE(close(dots, (wide(g) * wide(z)).narrow(0, 0, 256).sum(0)));
 }
@@ -671,7 +672,7 @@ TEST_F(GpuKernels, EmptyInputsGiveEmptyOutputs) {
   EXPECT_EQ(cuda::swiglu_backward(none, none, none).second.numel(), 0);
   EXPECT_EQ(run_dropout(none, Dropout{0.1, 1, integers(0, 1, 0), 0}).numel(), 0);
   const at::Tensor gamma = gpu(normal({576}, at::kFloat));
-  EXPECT_TRUE(same_values(cuda::scale_and_dot(none, none, gamma).second, at::zeros({576})));
+  EXPECT_TRUE(same_values(cuda::scale_and_dot(none, none, gamma, gamma).second, at::zeros({576})));
   cuda::scaled_low_rank_sum(none, gpu(normal({0, 8}, at::kBFloat16)), gpu(normal({576, 8}, at::kBFloat16)), 1, gamma);
   const RopeCase c = rope_case(at::kBFloat16, 0, 9, 64);
   EXPECT_EQ(run_rope(c, gpu(c.x_NHd), 1).numel(), 0);
@@ -759,7 +760,7 @@ TEST_F(GpuKernels, WrongArgumentsAreRefused) {
   EXPECT_THROW(cuda::swiglu_forward(x, x.narrow(0, 0, 6)), c10::Error);
   EXPECT_THROW(cuda::softmax_statistics(x, gpu(outside(6))), c10::Error);
   EXPECT_THROW(run_dropout(x, Dropout{0.1, 1, outside(6), 0}), c10::Error);
-  EXPECT_THROW(cuda::scale_and_dot(x, x, weight.narrow(0, 0, 63)), c10::Error);
+  EXPECT_THROW(cuda::scale_and_dot(x, x, weight.narrow(0, 0, 63), weight), c10::Error);
   ScaledSumCase twelve = scaled_sum_case(7, 64, 12);
   EXPECT_THROW(run_scaled_sum(twelve), c10::Error);
   Nf4 w = nf4_quantise(normal({7, 64}, at::kFloat), true).to(kGpu);

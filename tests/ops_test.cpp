@@ -130,7 +130,7 @@ TEST(Dora, ForwardAndGradientsWithConstantNorms) {
     const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
     const auto y = [&] {
       const LowRank factors{trainable(a), trainable(b), 0.7, drop};
-      const MagnitudeScale scale{m, m.detach() / n, n.reciprocal()};
+      const MagnitudeScale scale{m, m.detach() / n, n.reciprocal(), m.detach().reciprocal()};
       return linear(x, {{&w, {}, trainable(bias), std::make_shared<DoraUpdate>(factors, scale)}})[0];
     };
     const at::Tensor dropped = dropout(x.detach(), drop), gamma = m / n;
@@ -146,7 +146,7 @@ TEST(Dora, AMagnitudeOfZeroLearns) {
                    n = at::ones({6}, kDouble);
   const at::Tensor m = at::zeros({6}, kDouble).requires_grad_();
   const Fixed w(random({6, 5}, "w"));
-  const MagnitudeScale scale{m, at::full({6}, 1e-20, kDouble), n};
+  const MagnitudeScale scale{m, at::full({6}, 1e-20, kDouble), n, at::full({6}, 1e20, kDouble)};
   const LowRank factors{trainable(a), trainable(b), 0.7, {}};
   weigh(linear(x, {{&w, {}, {}, std::make_shared<DoraUpdate>(factors, scale)}})[0]).backward();
   const at::Tensor q = at::mm(x, (w.w_OI + at::mm(b, a) * 0.7).t()), g = at::ones_like(q).requires_grad_();

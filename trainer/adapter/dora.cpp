@@ -43,9 +43,10 @@ class DoraAdapter : public Adapter {
   const FrozenWeight& weight() const { return linear_.weight(); }
   ops::LowRank factors() const { return factors_.low_rank(); }
   at::Tensor magnitude_O() const { return scale_.magnitude_leaf_O.detach(); }
-  void set_scale(const at::Tensor& gamma_O, const at::Tensor& inverse_norm_O) {
+  void set_scale(const at::Tensor& gamma_O, const at::Tensor& inverse_norm_O, const at::Tensor& inverse_magnitude_O) {
     scale_.gamma_O = gamma_O;
     scale_.inverse_norm_O = inverse_norm_O;
+    scale_.inverse_magnitude_O = inverse_magnitude_O;
   }
   void start_at_norm() { magnitude_O().copy_(scale_.inverse_norm_O.reciprocal()); }
 
@@ -84,9 +85,10 @@ class NormGroup {
     const at::Tensor inverse_MO = squares_MO.clamp_min(std::numeric_limits<float>::min()).rsqrt_();
     at::Tensor gamma_MO = at::stack(magnitudes).mul_(inverse_MO);
     gamma_MO.masked_fill_(gamma_MO == 0, kSmallestGamma);
+    const at::Tensor inverse_magnitude_MO = inverse_MO / gamma_MO;
     for (size_t i = 0; i < adapters_.size(); ++i) {
       const auto m = static_cast<int64_t>(i);
-      adapters_[i]->set_scale(gamma_MO[m], inverse_MO[m]);
+      adapters_[i]->set_scale(gamma_MO[m], inverse_MO[m], inverse_magnitude_MO[m]);
     }
   }
 

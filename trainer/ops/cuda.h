@@ -46,9 +46,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tens
 /// One rounding.
 void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const at::Tensor& b_OR, double scale,
                          const at::Tensor& gamma_O);
-/// (gamma g [N, O], sum over N of g z [O] float32); gamma [O] float32. The order of the sum is fixed.
+/// (gamma g [N, O], factor times the sum over N of g z [O] float32); gamma, factor [O] float32. The order of the sum is
+/// fixed.
 std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
-                                                const at::Tensor& gamma_O);
+                                                const at::Tensor& gamma_O, const at::Tensor& factor_O);
 
 /// The maps of MoRA and their adjoints; x, g [N, this rank's features]. Compressed rows are [N, P] or, with rotation,
 /// [N, blocks, P], with P the side of the matrix rounded up to a multiple of 8, zeros beyond the side. What is added to

@@ -20,11 +20,11 @@ void scaled_sum(at::Tensor& q_NO, const at::Tensor& u_NR, const LowRank& f, cons
   at::mul_out(q_NO, q_NO, gamma_O);
 }
 
-/// (gamma g, sum over tokens of g z).
+/// (gamma g, factor times the sum over tokens of g z).
 std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
-                                                const at::Tensor& gamma_O) {
-  if (g_NO.is_cuda() && cuda::has_kernel(g_NO)) return cuda::scale_and_dot(g_NO, z_NO, gamma_O);
-  return {scale_columns(g_NO, gamma_O), (g_NO.to(gamma_O.scalar_type()) * z_NO).sum(0)};
+                                                const at::Tensor& gamma_O, const at::Tensor& factor_O) {
+  if (g_NO.is_cuda() && cuda::has_kernel(g_NO)) return cuda::scale_and_dot(g_NO, z_NO, gamma_O, factor_O);
+  return {scale_columns(g_NO, gamma_O), (g_NO.to(gamma_O.scalar_type()) * z_NO).sum(0).mul_(factor_O)};
 }
 
 }  // namespace
@@ -53,12 +53,14 @@ at::Tensor DoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at
 std::vector<at::Tensor> DoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
                                              const std::vector<at::Tensor>& saved, bool needs_dx,
                                              at::Tensor& dx_NI) const {
-  const auto [h_NO, dots_O] = scale_and_dot(g_NO, saved[1], s_.gamma_O);
+  const bool dropped = f_.dropout.active();
+  const auto [h_NO, dm_O] =
+      scale_and_dot(g_NO, saved[1], s_.gamma_O, dropped ? s_.inverse_norm_O : s_.inverse_magnitude_O);
   LowRankGradients grads = low_rank_gradients(f_, h_NO, dropout(x_NI, f_.dropout), saved[0]);
-  grads.leaves.push_back(dots_O * (f_.dropout.active() ? s_.inverse_norm_O : s_.inverse_norm_O / s_.gamma_O));
+  grads.leaves.push_back(dm_O);
   if (!needs_dx) return std::move(grads.leaves);
   const at::Tensor w_OI = w.dense_OI();
-  if (f_.dropout.active()) {
+  if (dropped) {
     add_product(dx_NI, g_NO, w_OI);
     at::Tensor behind_NI = at::mm(scale_columns(g_NO, s_.gamma_O - 1), w_OI);
     dx_NI.add_(dropout(behind_NI.addmm_(grads.du_NR, f_.a_RI.value), f_.dropout));

@@ -118,6 +118,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// sum_O = factor (the rows of `partial` one after another).
+__global__ void __launch_bounds__(kThreads)
+    sum_rows(const float* __restrict__ partial, const float* __restrict__ factor, float* __restrict__ sum, int64_t rows,
+             int64_t width) {
+  const int64_t column = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (column >= width) return;
+  float total = 0;
+#pragma unroll 8
+  for (int64_t row = 0; row < rows; ++row) total += partial[row * width + column];
+  sum[column] = factor[column] * total;
+}
+
 unsigned second_grid_size(int64_t blocks) {
   TORCH_CHECK(blocks <= 65535, "no CUDA grid has ", blocks, " blocks in its second dimension");
   return static_cast<unsigned>(blocks);
@@ -147,11 +159,12 @@ void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const a
 }
 
 std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
-                                                const at::Tensor& gamma_O) {
+                                                const at::Tensor& gamma_O, const at::Tensor& factor_O) {
   const int64_t rows = g_NO.size(0), width = g_NO.size(1);
   require(g_NO, g_NO.scalar_type(), rows * width, "scale_and_dot g");
   require(z_NO, g_NO.scalar_type(), rows * width, "scale_and_dot z");
   require(gamma_O, at::kFloat, width, "scale_and_dot gamma");
+  require(factor_O, at::kFloat, width, "scale_and_dot factor");
   at::Tensor h_NO = at::empty_like(g_NO);
   if (g_NO.numel() == 0) return {h_NO, at::zeros_like(gamma_O)};
   const int64_t blocks = ceil_div(rows, kRowsOfBlock);
@@ -166,7 +179,12 @@ std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at
         partial.mutable_data_ptr<float>(), rows, packs);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return {h_NO, partial.sum(0)};
+  at::Tensor dots_O = at::empty_like(gamma_O);
+  sum_rows<<<grid_size(ceil_div(width, kThreads)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      partial.const_data_ptr<float>(), factor_O.const_data_ptr<float>(), dots_O.mutable_data_ptr<float>(), blocks,
+      width);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {h_NO, dots_O};
 }
 
 }  // namespace corank::ops::cuda

@@ -8,9 +8,10 @@ namespace corank::ops {
 /// the step, as in PEFT: no gradient flows through it.
 struct MagnitudeScale {
   at::Tensor magnitude_leaf_O;
-  at::Tensor gamma_O;         ///< m / n in the master's dtype: bfloat16 would lose what m learns; never 0
-  at::Tensor inverse_norm_O;  ///< 1 / n
-  bool overwritten = false;   ///< the caller changes y in place (a sum over tensor ranks): backward keeps a copy
+  at::Tensor gamma_O;              ///< m / n in the master's dtype: bfloat16 would lose what m learns; never 0
+  at::Tensor inverse_norm_O;       ///< 1 / n
+  at::Tensor inverse_magnitude_O;  ///< 1 / (gamma n)
+  bool overwritten = false;        ///< the caller changes y in place (a sum over tensor ranks): backward keeps a copy
 };
 
 /// z = gamma (x W^T + s u B^T), y = z + bias. Leaves A, B, m. Saved: u [N, R], z [N, O]. Backward, h = gamma g:

@@ -18,7 +18,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tens
 void scaled_low_rank_sum(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&) {
   absent();
 }
-std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor&, const at::Tensor&, const at::Tensor&) { absent(); }
+std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                const at::Tensor&) {
+  absent();
+}
 at::Tensor mora_compress(const at::Tensor&, const Mora&) { absent(); }
 at::Tensor mora_gather(const at::Tensor&, const Mora&) { absent(); }
 void mora_add_decompressed(const at::Tensor&, const at::Tensor&, const Mora&) { absent(); }
