@@ -554,6 +554,19 @@ TEST_F(GpuKernels, ScaledLowRankSumPlantedErrorsAreFound) {
   }
 }
 
+TEST_F(GpuKernels, SquaredRowNorms) {
+  for (const auto& [out, in] : {std::pair{1, 8}, {100, 576}, {257, 1048}, {64, 4096}}) {
+    for (const int64_t rank : {8, 16, 24, 128}) {
+      const at::Tensor w = normal({out, in}, at::kBFloat16), a = normal({rank, in}, at::kBFloat16);
+      const at::Tensor b = normal({out, rank}, at::kBFloat16);
+      const at::Tensor expected = (wide(w) + 0.3 * at::mm(wide(b), wide(a))).square().sum(1);
+      const at::Tensor got = cuda::squared_row_norms(gpu(w), gpu(a), gpu(b), 0.3).sum(0);
+      EXPECT_TRUE(close(got, expected)) << out << " x " << in << ", rank " << rank;
+      EXPECT_FALSE(close(got, (wide(w) + 0.31 * at::mm(wide(b), wide(a))).square().sum(1)));
+    }
+  }
+}
+
 TEST_F(GpuKernels, ScaleAndDot) {
   for_types_and_shapes({1, 8, 100, 576, 5000, 8192}, [](at::ScalarType type, int64_t rows, int64_t width) {
     const at::Tensor g = normal({rows, width}, type), z = normal({rows, width}, type),

@@ -46,6 +46,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tens
 /// One rounding.
 void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const at::Tensor& b_OR, double scale,
                          const at::Tensor& gamma_O);
+/// Squares of the row norms of W + scale B A, in parts [P, O] float32 that add up to them; W [O, I], A [R, I], B [O, R]
+/// bfloat16, R and I multiples of 8.
+at::Tensor squared_row_norms(const at::Tensor& w_OI, const at::Tensor& a_RI, const at::Tensor& b_OR, double scale);
 /// (gamma g [N, O], factor times the sum over N of g z [O] float32); gamma, factor [O] float32. The order of the sum is
 /// fixed.
 std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,

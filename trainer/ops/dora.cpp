@@ -77,6 +77,15 @@ at::Tensor squared_row_norms(const at::Tensor& w_OI, at::ScalarType dtype) {
 
 at::Tensor squared_row_norms(const at::Tensor& base_squares_MO, const std::vector<const Matrix*>& weights,
                              const std::vector<LowRank>& factors) {
+  const at::Tensor& first_a_RI = factors.front().a_RI.value;
+  if (first_a_RI.is_cuda() && first_a_RI.scalar_type() == at::kBFloat16 && first_a_RI.size(1) % 8 == 0) {
+    std::vector<at::Tensor> parts;
+    for (size_t i = 0; i < factors.size(); ++i) {
+      const LowRank f = aligned(factors[i]);
+      parts.push_back(cuda::squared_row_norms(weights[i]->dense_OI(), f.a_RI.value, f.b_OR.value, f.scale));
+    }
+    return at::stack(parts).sum(1);
+  }
   const auto dtype = base_squares_MO.scalar_type();
   const double s = factors.front().scale;
   std::vector<at::Tensor> a, b, cross;

@@ -28,7 +28,7 @@ __device__ void stage(Factor* tile, const Factor* __restrict__ factor, int64_t f
 }
 
 template <int W>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     scaled_sum(Factor* __restrict__ q, const Factor* __restrict__ u, const Factor* __restrict__ b,
                const float* __restrict__ gamma, float scale, int64_t rows, int64_t width, int r) {
   namespace wmma = nvcuda::wmma;
@@ -36,6 +36,22 @@ __global__ void __launch_bounds__(kThreads, 3)
   __shared__ __align__(32) float sums[kTileRows * kSumStride];
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows, first_column = int64_t{blockIdx.y} * kTileColumns;
   const int warp_row = threadIdx.x / 32 % 4 * 16, warp_column = threadIdx.x / 128 * 64;
+
+  constexpr int kPacks = kTileColumns / W, kMine = kTileRows * kPacks / kThreads;
+  Pack<Factor, W> mine[kMine];  // read while the product is made
+  const auto place_of = [&](int i, int& row, int& column) {
+    row = (threadIdx.x + i * kThreads) / kPacks;
+    column = (threadIdx.x + i * kThreads) % kPacks * W;
+    return first_row + row < rows && first_column + column < width
+               ? ((first_row + row) * width + first_column + column) / W
+               : int64_t{-1};
+  };
+  int row, column;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int64_t place = place_of(i, row, column);
+    if (place >= 0) mine[i] = load<W>(q, place);
+  }
 
   wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[4];
 #pragma unroll
@@ -61,19 +77,88 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   __syncthreads();
 
-  constexpr int kPacks = kTileColumns / W;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kTileRows * kPacks; i += kThreads) {
-    const int row = i / kPacks, column = i % kPacks * W;
-    if (first_row + row >= rows || first_column + column >= width) continue;
-    const int64_t place = ((first_row + row) * width + first_column + column) / W;
-    Pack<Factor, W> pack = load<W>(q, place);
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int64_t place = place_of(i, row, column);
+    if (place < 0) continue;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      const float value = static_cast<float>(pack.v[j]) + scale * sums[row * kSumStride + column + j];
-      pack.v[j] = static_cast<Factor>(gamma[first_column + column + j] * value);
+      const float value = static_cast<float>(mine[i].v[j]) + scale * sums[row * kSumStride + column + j];
+      mine[i].v[j] = static_cast<Factor>(gamma[first_column + column + j] * value);
     }
-    store<W>(q, place, pack);
+    store<W>(q, place, mine[i]);
+  }
+}
+
+// ---- Squares of the rows of W + scale B A. A block sums over kTilesOfBlock tiles of its rows; its sums are a part of
+// a row of `partial`.
+constexpr int kTilesOfBlock = 4, kInputStride = kTileColumns + 8;
+
+__global__ void __launch_bounds__(kThreads, 2)
+    squared_rows(const Factor* __restrict__ w, const Factor* __restrict__ a, const Factor* __restrict__ b, float scale,
+                 float* __restrict__ partial, int64_t rows, int64_t width, int r) {
+  namespace wmma = nvcuda::wmma;
+  constexpr int kPacks = kTileColumns / 8, kMine = kTileRows * kPacks / kThreads;
+  __shared__ __align__(32) Factor b_tile[kTileRows * kFactorStride], a_tile[kDepth * kInputStride];
+  __shared__ __align__(32) float sums[kTileRows * kSumStride];
+  const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
+  const int warp_row = threadIdx.x / 32 % 4 * 16, warp_column = threadIdx.x / 128 * 64;
+  const int my_row = threadIdx.x / kPacks, my_column = threadIdx.x % kPacks * 8;  // and every 16th row below
+  float squares[kMine] = {};
+  for (int tile = 0; tile < kTilesOfBlock; ++tile) {
+    const int64_t first_column = (int64_t{blockIdx.y} * kTilesOfBlock + tile) * kTileColumns;
+    if (first_column >= width) break;
+    const bool inside = first_column + my_column < width;
+    Pack<Factor, 8> mine[kMine];
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int64_t row = first_row + my_row + i * (kThreads / kPacks);
+      mine[i] = inside && row < rows ? load<8>(w, (row * width + first_column + my_column) / 8) : Pack<Factor, 8>{};
+    }
+    wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[4];
+#pragma unroll
+    for (auto& part : sum) wmma::fill_fragment(part, 0);
+    for (int depth = 0; depth < r; depth += kDepth) {
+      stage<kTileRows>(b_tile, b, first_row, rows, depth, r);
+      const Pack<Factor, 8> inputs = inside && depth + my_row < r
+                                         ? load<8>(a, ((depth + my_row) * width + first_column + my_column) / 8)
+                                         : Pack<Factor, 8>{};
+      store<8>(a_tile, (my_row * kInputStride + my_column) / 8, inputs);
+      __syncthreads();
+      wmma::fragment<wmma::matrix_a, 16, 16, 16, Factor, wmma::row_major> left;
+      wmma::load_matrix_sync(left, b_tile + warp_row * kFactorStride, kFactorStride);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        wmma::fragment<wmma::matrix_b, 16, 16, 16, Factor, wmma::row_major> right;
+        wmma::load_matrix_sync(right, a_tile + warp_column + 16 * i, kInputStride);
+        wmma::mma_sync(sum[i], left, right, sum[i]);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wmma::store_matrix_sync(sums + warp_row * kSumStride + warp_column + 16 * i, sum[i], kSumStride,
+                              wmma::mem_row_major);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const float* low = sums + (my_row + i * (kThreads / kPacks)) * kSumStride + my_column;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float value = static_cast<float>(mine[i].v[j]) + scale * low[j];
+        squares[i] += value * value;
+      }
+    }
+  }
+  static_assert(kPacks == 16 && kThreads / kPacks == kDepth);
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    for (int distance = kPacks / 2; distance > 0; distance /= 2) {
+      squares[i] += __shfl_xor_sync(0xFFFFFFFFu, squares[i], distance);
+    }
+    const int64_t row = first_row + my_row + i * (kThreads / kPacks);
+    if (threadIdx.x % kPacks == 0 && row < rows) partial[blockIdx.y * rows + row] = squares[i];
   }
 }
 
@@ -156,6 +241,24 @@ void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const a
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
   has_packs<at::BFloat16>(width, q_NO) ? run(std::integral_constant<int, 8>{}) : run(std::integral_constant<int, 1>{});
+}
+
+at::Tensor squared_row_norms(const at::Tensor& w_OI, const at::Tensor& a_RI, const at::Tensor& b_OR, double scale) {
+  const int64_t rows = w_OI.size(0), width = w_OI.size(1), r = a_RI.size(0);
+  require(w_OI, at::kBFloat16, rows * width, "squared_row_norms W");
+  require(a_RI, at::kBFloat16, r * width, "squared_row_norms A");
+  require(b_OR, at::kBFloat16, rows * r, "squared_row_norms B");
+  TORCH_CHECK(r % 8 == 0 && has_packs<at::BFloat16>(r, b_OR) && has_packs<at::BFloat16>(width, {w_OI, a_RI}),
+              "squared_row_norms: rank ", r, " or width ", width, " is not a multiple of 8");
+  const int64_t parts = ceil_div(width, int64_t{kTilesOfBlock} * kTileColumns);
+  at::Tensor partial = at::empty({parts, rows}, w_OI.options().dtype(at::kFloat));
+  const dim3 grid(grid_size(ceil_div(rows, kTileRows)), second_grid_size(parts));
+  const auto data = [](const at::Tensor& t) { return static_cast<const Factor*>(t.const_data_ptr()); };
+  squared_rows<<<grid, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      data(w_OI), data(a_RI), data(b_OR), static_cast<float>(scale), partial.mutable_data_ptr<float>(), rows, width,
+      static_cast<int>(r));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return partial;
 }
 
 std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,

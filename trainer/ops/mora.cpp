@@ -107,9 +107,9 @@ void add_expanded(at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s) {
   dx_NL.add_(unplace(all, s.in, /*wrap=*/true));
 }
 
-/// The matrix with zeros up to the width of what compressed() made.
-at::Tensor padded(const at::Tensor& m_RR, const at::Tensor& c) {
-  const int64_t missing = c.size(-1) - m_RR.size(0);
+/// The matrix with zeros up to the width of compressed rows, see cuda::mora_compress.
+at::Tensor padded(const at::Tensor& m_RR) {
+  const int64_t missing = has_kernel(m_RR) ? (8 - m_RR.size(0) % 8) % 8 : 0;
   return missing == 0 ? m_RR : at::constant_pad_nd(m_RR, {0, missing, 0, missing});
 }
 
@@ -160,12 +160,14 @@ Rotation rotation_of(int64_t r, int64_t in, int64_t out, const at::TensorOptions
   return {angles.cos().to(options.dtype()), angles.sin().to(options.dtype())};
 }
 
+MoraUpdate::MoraUpdate(Mora square) : s_(std::move(square)), padded_(padded(s_.m_RR.value)) {}
+
 at::Tensor MoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                                std::vector<at::Tensor>& saved) const {
   const at::Tensor c = compressed(ops::dropout(x_NI, s_.dropout), s_);
   saved.push_back(c);
   at::Tensor y_NO = affine(x_NI, w.dense_OI(), bias_O);
-  add_decompressed(y_NO, through(c, padded(s_.m_RR.value, c).t()), s_);
+  add_decompressed(y_NO, through(c, padded_.t()), s_);
   return y_NO;
 }
 
@@ -178,7 +180,7 @@ std::vector<at::Tensor> MoraUpdate::backward(const at::Tensor& g_NO, const at::T
   const at::Tensor dm_RR = dm.narrow(0, 0, s_.side()).narrow(1, 0, s_.side());
   if (!needs_dx) return {dm_RR};
   add_product(dx_NI, g_NO, w.dense_OI());
-  const at::Tensor dc = through(dz, padded(s_.m_RR.value, c));
+  const at::Tensor dc = through(dz, padded_);
   if (!s_.dropout.active()) {
     add_expanded(dx_NI, dc, s_);
   } else {

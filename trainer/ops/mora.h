@@ -42,7 +42,7 @@ Rotation rotation_of(int64_t r, int64_t in, int64_t out, const at::TensorOptions
 /// Tensor parallel (methods 10.4): global indices, M replicated, its gradient a partial sum.
 class MoraUpdate : public Update {
  public:
-  explicit MoraUpdate(Mora square) : s_(std::move(square)) {}
+  explicit MoraUpdate(Mora square);
   std::vector<at::Tensor> leaves() const override { return {s_.m_RR.leaf}; }
   at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override;
@@ -52,6 +52,7 @@ class MoraUpdate : public Update {
 
  private:
   Mora s_;
+  at::Tensor padded_;  ///< the matrix with zeros up to the width of compressed rows
 };
 
 /// The update as a dense [O, I] matrix, entry by entry from the index formulas: the twin in tests, and what merging
