@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- (gamma g, column sums of g z). A block takes some rows of 32 packs of columns; its sums are one row of
 // `partial`.
-constexpr int kLanes = 32, kStripes = kThreads / kLanes, kRowsOfBlock = 64;
+constexpr int kLanes = 32, kStripes = kThreads / kLanes, kRowsOfBlock = 256;
 
 template <class T, int W>
 __global__ void __launch_bounds__(kThreads)

@@ -19,6 +19,41 @@ struct Side {
   __device__ int begin_of_run(int group) const { return group * run + min(group, longer); }
 };
 
+/// The value of one feature after another in a row of blocks: one division for many features.
+class Walk {
+ public:
+  __device__ Walk(const Side& side, int feature) : s_(side) {
+    if (s_.runs) {
+      const int cut = s_.longer * (s_.run + 1);
+      at_ = feature < cut ? feature / (s_.run + 1) : s_.longer + (feature - cut) / s_.run;
+      left_ = s_.begin_of_run(at_ + 1) - feature;
+    } else {
+      const int group = feature % (s_.r * s_.blocks);
+      block_ = group / s_.r;
+      at_ = block_ * s_.pitch + group % s_.r;
+      left_ = s_.r - group % s_.r;
+    }
+  }
+  __device__ int place() const { return at_; }
+  __device__ void next() {
+    if (s_.runs) {
+      if (--left_ > 0) return;
+      ++at_;
+      left_ = s_.run + (at_ < s_.longer);
+    } else {
+      ++at_;
+      if (--left_ > 0) return;
+      block_ = block_ + 1 == s_.blocks ? 0 : block_ + 1;
+      at_ = block_ * s_.pitch;
+      left_ = s_.r;
+    }
+  }
+
+ private:
+  const Side& s_;
+  int at_, left_, block_ = 0;
+};
+
 /// Values of a row that belong to one group, summed.
 template <class T>
 __device__ float group_sum(const T* row, const Side& s, int group) {
@@ -72,70 +107,68 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// y += the value of each feature's run.
+/// y += the value of each feature's group, and of its second place where it has one.
 template <class T, int W>
-__global__ void __launch_bounds__(kThreads) add_runs(T* __restrict__ y, const T* __restrict__ z, Side s) {
-  const int packs = s.length / W, cut = s.longer * (s.run + 1);
+__global__ void __launch_bounds__(kThreads) add_spread(T* __restrict__ y, const T* __restrict__ z, Side s) {
+  const int packs = s.length / W;
   const int64_t row = int64_t{blockIdx.x} * packs;
-  const T* values = z + int64_t{blockIdx.x} * s.pitch;
+  const T* values = z + int64_t{blockIdx.x} * s.blocks * s.pitch;
   for (int i = threadIdx.x; i < packs; i += kThreads) {
     Pack<T, W> pack = load<W>(y, row + i);
-    const int first = s.start + i * W;
-    int group = first < cut ? first / (s.run + 1) : s.longer + (first - cut) / s.run;
-    int end = s.begin_of_run(group + 1);
+    Walk walk(s, s.start + i * W);
 #pragma unroll
-    for (int k = 0; k < W; ++k) {
-      if (first + k == end) end = s.begin_of_run(++group + 1);
-      pack.v[k] = static_cast<T>(static_cast<float>(pack.v[k]) + static_cast<float>(values[group]));
+    for (int k = 0; k < W; ++k, walk.next()) {
+      const int again = s.size + s.start + i * W + k;
+      auto value = static_cast<float>(values[walk.place()]);
+      if (again < s.width) value += static_cast<float>(values[Walk(s, again).place()]);
+      pack.v[k] = static_cast<T>(static_cast<float>(pack.v[k]) + value);
     }
     store<W>(y, row + i, pack);
   }
 }
 
-/// y += the value of each feature's group, and of its second place where it has one. A thread has one group after
-/// another, so that neighbouring threads touch neighbouring features.
-template <class T>
-__global__ void __launch_bounds__(kThreads) add_groups(T* __restrict__ y, const T* __restrict__ z, Side s) {
-  T* row = y + int64_t{blockIdx.x} * s.length;
-  const T* values = z + int64_t{blockIdx.x} * s.blocks * s.pitch;
-  const int period = s.r * s.blocks;
-  for (int l = threadIdx.x; l < s.r; l += kThreads) {
-    for (int b = 0; b < s.blocks; ++b) {
-      const auto value = static_cast<float>(values[b * s.pitch + l]);
-      const int shift = b * s.r + l - s.start_in_period;
-#pragma unroll 8
-      for (int j = shift < 0 ? shift + period : shift; j < s.length; j += period) {
-        const int again = s.size + s.start + j;
-        const float second = again < s.width ? static_cast<float>(values[again % period]) : 0.0F;
-        row[j] = static_cast<T>(static_cast<float>(row[j]) + value + second);
-      }
-    }
-  }
-}
-
-/// dx += each feature's gradient, turned back. A thread has the pairs of its place in all blocks.
+/// dx += each feature's gradient, turned back. A thread has pairs of one angle; it reads some blocks before it writes
+/// any of them, so that many reads are under way.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     add_rotated_back(T* __restrict__ dx, const T* __restrict__ dc, const T* __restrict__ cos, const T* __restrict__ sin,
                      Side s) {
+  constexpr int kBlocks = 4;
   T* row = dx + int64_t{blockIdx.x} * s.length;
   const T* values = dc + int64_t{blockIdx.x} * s.blocks * s.pitch;
   const int half = s.r / 2;
-  const auto turned = [&](int b, int l) {
-    const int angle = l < half ? l : l - half;
-    const auto cosine = static_cast<float>(cos[b * half + angle]), sine = static_cast<float>(sin[b * half + angle]);
-    const auto first = static_cast<float>(values[b * s.pitch + angle]);
-    const auto second = static_cast<float>(values[b * s.pitch + angle + half]);
-    return l < half ? first * cosine + second * sine : second * cosine - first * sine;
+  const auto turned = [&](int b, int l, float& first, float& second) {
+    const auto cosine = static_cast<float>(cos[b * half + l]), sine = static_cast<float>(sin[b * half + l]);
+    const auto a = static_cast<float>(values[b * s.pitch + l]), d = static_cast<float>(values[b * s.pitch + l + half]);
+    first = a * cosine + d * sine;
+    second = d * cosine - a * sine;
   };
-  for (int l = threadIdx.x; l < s.r; l += kThreads) {
-#pragma unroll 4
-    for (int b = 0; b < s.blocks; ++b) {
-      const int j = b * s.r + l, again = s.size + j;
-      if (!s.local(j)) continue;  // another rank's, or a feature's second place
-      float value = turned(b, l);
-      if (again < s.width && again / s.r < s.blocks) value += turned(again / s.r, again % s.r);
-      row[j - s.start] = static_cast<T>(static_cast<float>(row[j - s.start]) + value);
+  /// What reaches feature j, which stands here and perhaps once more behind the last.
+  const auto sum_at = [&](int j, float here) {
+    const int again = s.size + j, b = again / s.r, l = again % s.r;
+    if (again >= s.width || b >= s.blocks) return here;
+    float first, second;
+    turned(b, l < half ? l : l - half, first, second);
+    return here + (l < half ? first : second);
+  };
+  for (int l = threadIdx.x; l < half; l += kThreads) {
+    for (int begin = 0; begin < s.blocks; begin += kBlocks) {
+      float sums[2 * kBlocks];
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k) {
+        if (begin + k >= s.blocks) break;
+        turned(begin + k, l, sums[2 * k], sums[2 * k + 1]);
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int j = (begin + k) * s.r + side * half + l;
+          if (s.local(j)) sums[2 * k + side] = static_cast<float>(row[j - s.start]) + sum_at(j, sums[2 * k + side]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 2 * kBlocks; ++k) {
+        const int j = (begin + k / 2) * s.r + k % 2 * half + l;
+        if (begin + k / 2 < s.blocks && s.local(j)) row[j - s.start] = static_cast<T>(sums[k]);
+      }
     }
   }
 }
@@ -169,21 +202,6 @@ void require_compressed(const at::Tensor& c, const at::Tensor& like, const Mora&
 at::Tensor empty_compressed(const at::Tensor& x_NL, const Mora& s) {
   if (s.compress != Grouping::rotate) return at::empty({x_NL.size(0), pitch_of(s)}, x_NL.options());
   return at::empty({x_NL.size(0), s.blocks(), pitch_of(s)}, x_NL.options());
-}
-
-void add_spread(const at::Tensor& y_NL, const at::Tensor& z, const Side& s) {
-  const unsigned grid = grid_size(y_NL.size(0));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  with_packs(y_NL, s.length, {}, [&](auto type, auto width) {
-    using T = decltype(type);
-    T* y = y_NL.mutable_data_ptr<T>();
-    if (s.runs) {
-      add_runs<T, decltype(width)::value><<<grid, kThreads, 0, stream>>>(y, z.const_data_ptr<T>(), s);
-    } else {
-      add_groups<T><<<grid, kThreads, 0, stream>>>(y, z.const_data_ptr<T>(), s);
-    }
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
 }
 
 template <class T>
@@ -232,7 +250,13 @@ void mora_add_decompressed(const at::Tensor& y_NL, const at::Tensor& z, const Mo
   require(y_NL, y_NL.scalar_type(), y_NL.size(0) * s.out.length, "MoRA's output");
   require_compressed(z, y_NL, s);
   if (y_NL.numel() == 0) return;
-  add_spread(y_NL, z, side(s, s.out, s.decompress, /*wraps=*/false));
+  const Side out = side(s, s.out, s.decompress, /*wraps=*/false);
+  with_packs(y_NL, s.out.length, {}, [&](auto type, auto width) {
+    using T = decltype(type);
+    add_spread<T, decltype(width)::value><<<grid_size(y_NL.size(0)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        y_NL.mutable_data_ptr<T>(), z.const_data_ptr<T>(), out);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
 }
 
 void mora_add_expanded(const at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s) {
@@ -240,12 +264,17 @@ void mora_add_expanded(const at::Tensor& dx_NL, const at::Tensor& dc, const Mora
   require_compressed(dc, dx_NL, s);
   if (dx_NL.numel() == 0) return;
   const Side in = side(s, s.in, s.compress, /*wraps=*/true);
-  if (s.compress != Grouping::rotate) return add_spread(dx_NL, dc, in);
-  with_type(dx_NL, [&](auto type) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  with_packs(dx_NL, s.in.length, {}, [&](auto type, auto width) {
     using T = decltype(type);
-    add_rotated_back<T><<<grid_size(dx_NL.size(0)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        dx_NL.mutable_data_ptr<T>(), dc.const_data_ptr<T>(), table<T>(s.rotation.cos_BH, dx_NL, s),
-        table<T>(s.rotation.sin_BH, dx_NL, s), in);
+    T* dx = dx_NL.mutable_data_ptr<T>();
+    if (s.compress == Grouping::rotate) {
+      add_rotated_back<T><<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(
+          dx, dc.const_data_ptr<T>(), table<T>(s.rotation.cos_BH, dx_NL, s), table<T>(s.rotation.sin_BH, dx_NL, s), in);
+    } else {
+      add_spread<T, decltype(width)::value>
+          <<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(dx, dc.const_data_ptr<T>(), in);
+    }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
