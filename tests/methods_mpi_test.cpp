@@ -1,4 +1,6 @@
 #include "tests/topology_cases.h"
+#include "trainer/adapter/merged.h"
+#include "trainer/generation.h"
 
 // Every other method of the table, and every format of the base, in every layout.
 namespace corank::test {
@@ -97,6 +99,44 @@ TEST_P(Merged, ForwardIsTheProductWithTheMergedWeight) {
   }
 }
 
+class MergedInMemory : public Merged {};
+
+/// Merged in memory, the model gives the same and no adapter takes part; unmerged, it is what it was, bit for bit.
+TEST_P(MergedInMemory, IsTheAdapterAndGoesBackToTheBit) {
+  const Setting setting = GetParam();
+  const std::vector<int64_t> tokens{3, 14, 15, 92, 65, 35, 89, 79};
+  for (const int tensor : {1, 2, 4}) {
+    if (test_world().size() % tensor != 0) continue;
+    TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
+    const auto logits = [&] { return all_logits(*run.model, tokens, run.mesh.tp()); };
+    const auto weights = [&] {
+      const at::AutoGradMode no_grad(false);
+      std::vector<at::Tensor> all;
+      for (const AdaptedLinear* linear : run.model->linears()) all.push_back(linear->weight().dense_OI().clone());
+      return all;
+    };
+    const at::Tensor untrained = logits();
+    Loader batches(data_, loader(setting, &run.mesh));
+    for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, rate(setting));
+    const at::Tensor before = logits();
+    const auto weights_before = weights();
+    merge_adapter(*run.model, *run.method, run.store, run.mesh.tp());
+    const Batch batch = make_batch({{}}, 0, 64);
+    SegmentAttention attention(batch);
+    const ForwardContext context{batch, attention, run.mesh.tp()};
+    for (const AdaptedLinear* linear : run.model->linears()) {
+      EXPECT_TRUE(linear->is_merged());
+      EXPECT_EQ(linear->projection(context).update, nullptr);
+    }
+    EXPECT_LT(relative_error(logits(), before), 1e-5) << "tp " << tensor;
+    EXPECT_GT(relative_error(before, untrained), 1e-3) << "nothing was trained";
+    unmerge_adapter(*run.model, *run.method, run.mesh);
+    const auto weights_after = weights();
+    for (size_t i = 0; i < weights_before.size(); ++i) EXPECT_TRUE(at::equal(weights_after[i], weights_before[i]));
+    EXPECT_TRUE(at::equal(logits(), before)) << "tp " << tensor;
+  }
+}
+
 const Setting kMerged[] = {
     {.name = "lora"},
     {.name = "lora_nf4", .quantization = "nf4"},
@@ -113,6 +153,15 @@ const Setting kMerged[] = {
     {.name = "pissa", .method = "pissa"},
 };
 
+const Setting kMergedInMemory[] = {
+    {.name = "pissa_nf4", .method = "pissa", .quantization = "nf4"},
+    {.name = "gpt2", .shape = "tiny-gpt2"},
+    {.name = "gpt2_dora", .method = "dora", .shape = "tiny-gpt2"},
+    {.name = "modules_to_save", .modules_to_save = {"embed_tokens", "norm", "lm_head"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Methods, MergedInMemory, testing::ValuesIn(kMerged), case_name);
+INSTANTIATE_TEST_SUITE_P(More, MergedInMemory, testing::ValuesIn(kMergedInMemory), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Merged, testing::ValuesIn(kMerged), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Topology, testing::ValuesIn(kMethods), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Resume, testing::ValuesIn(kResumed), case_name);
