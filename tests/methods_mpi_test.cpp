@@ -1,4 +1,5 @@
 #include "tests/topology_cases.h"
+#include "trainer/adapter/adapter_set.h"
 #include "trainer/adapter/merged.h"
 #include "trainer/generation.h"
 
@@ -165,6 +166,80 @@ INSTANTIATE_TEST_SUITE_P(More, MergedInMemory, testing::ValuesIn(kMergedInMemory
 INSTANTIATE_TEST_SUITE_P(Methods, Merged, testing::ValuesIn(kMerged), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Topology, testing::ValuesIn(kMethods), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Resume, testing::ValuesIn(kResumed), case_name);
+
+/// Adapters of several methods, ranks and targets over one model.
+class Switching : public testing::TestWithParam<Setting> {
+ protected:
+  /// As a run of three steps leaves it, on the model's own weights.
+  AdapterFile trained(const Setting& setting, const AdapterConfig& config) {
+    TrainingRun run(nullptr, 1, tiny(setting), config);
+    Loader batches(data_, loader(setting, nullptr));
+    for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, 1e-2);
+    AdapterFile file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
+    run.method->from_checkpoint(file);
+    return file;
+  }
+
+#ifdef CORANK_GPU_TEST
+  static constexpr const char* kBackend = "nccl";
+#else
+  static constexpr const char* kBackend = "mpi";
+#endif
+  TokenFile data_{repository("configs/tiny/train.h5")};
+};
+
+TEST_P(Switching, GivesTheBitsOfAModelThatHadNoOther) {
+  std::map<std::string, AdapterFile> files;
+  for (const std::string method : {"lora", "dora", "adalora", "mora", "pissa"}) {
+    Setting setting = GetParam();
+    setting.method = method;
+    AdapterConfig config = adapter(setting);
+    if (method == "dora") {
+      config.r = 4;
+      config.all_linear = false;
+      config.target_modules.names = {"q_proj", "down_proj"};
+      config.modules_to_save = {"embed_tokens", "norm", "lm_head"};
+    }
+    files.emplace(method, trained(setting, config));
+  }
+  const std::vector<int64_t> tokens{3, 14, 15, 92, 65, 35, 89, 79};
+  for (const int tensor : {1, 2, 4}) {
+    if (test_world().size() % tensor != 0) continue;
+    for (const bool merged : {false, true}) {
+      Ledger ledger;
+      const Mesh mesh(make_communicator(kBackend, test_world(), ledger), tensor);
+      ModelOptions options = tiny(GetParam());
+      options.device = mesh.device();
+      const auto logits_of = [&](Model& model) { return all_logits(model, tokens, mesh.tp()); };
+      std::map<std::string, at::Tensor> alone;
+      for (const auto& [name, file] : files) {
+        const auto model = load_model(options, mesh.tp());
+        alone.emplace("base", logits_of(*model));
+        AdapterSet one(*model, mesh, options.dtype, merged);
+        one.load(name, file);
+        one.use(name);
+        alone.emplace(name, logits_of(*model));
+        EXPECT_GT(relative_error(alone.at(name), alone.at("base")), 1e-3) << name;
+      }
+      const auto model = load_model(options, mesh.tp());
+      AdapterSet set(*model, mesh, options.dtype, merged);
+      for (const auto& [name, file] : files) set.load(name, file);
+      for (const char* name : {"base", "dora", "lora", "dora", "adalora", "base", "pissa", "mora", "dora", "pissa"}) {
+        set.use(name);
+        EXPECT_EQ(set.in_use(), name);
+        EXPECT_TRUE(at::equal(logits_of(*model), alone.at(name))) << name << " tp " << tensor << " merged " << merged;
+      }
+      EXPECT_THROW(set.use("nobody"), ConfigError);
+      EXPECT_EQ(set.in_use(), "pissa");
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Bases, Switching,
+                         testing::Values(Setting{.name = "float32"},
+                                         Setting{.name = "bfloat16", .dtype = at::kBFloat16},
+                                         Setting{.name = "nf4", .quantization = "nf4"}),
+                         case_name);
 
 /// What no rank can hold a part of.
 TEST(LinearsOfSeveralMatrices, AreRefusedByNameWhereTheyCannotBeSplit) {
