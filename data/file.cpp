@@ -197,6 +197,33 @@ void sync_folder(const std::string& path) {
   if (result != 0) fail_storage(path, "the folder cannot be flushed to the disk");
 }
 
+AtomicFolder::AtomicFolder(const std::string& path) {
+  namespace fs = std::filesystem;
+  const fs::path place = fs::absolute(path).lexically_normal();
+  path_ = (place.has_filename() ? place : place.parent_path()).string();
+  partial_ = path_ + ".partial";
+  make_folders(partial_);
+  lock_ = std::make_unique<FolderLock>(partial_);
+  for (const auto& entry : fs::directory_iterator(partial_)) {
+    if (!entry.is_regular_file()) {
+      throw StorageError(entry.path().string() + ": stands where " + path_ + " is to be prepared. Remove it.");
+    }
+    fs::remove(entry.path());
+  }
+}
+
+AtomicFolder::~AtomicFolder() {
+  std::error_code ignored;
+  if (lock_) std::filesystem::remove_all(partial_, ignored);
+}
+
+void AtomicFolder::commit() {
+  sync_folder(partial_);
+  if (::rename(partial_.c_str(), path_.c_str()) != 0) fail_storage(path_, "cannot be renamed from " + partial_);
+  sync_folder(folder_of(path_));
+  lock_ = nullptr;
+}
+
 FolderLock::FolderLock(const std::string& folder) : fd_(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
   if (fd_ >= 0 && flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
   const int reason = errno;

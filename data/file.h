@@ -50,6 +50,27 @@ class AtomicFile {
   Sha256 hash_;
 };
 
+class FolderLock;
+
+/// A folder that appears complete or not at all: filled beside its place, as <path>.partial, and renamed by `commit`.
+/// What an interrupted process left there is removed by the next one that writes the same folder. StorageError, or
+/// ConfigError while another process fills it.
+class AtomicFolder {
+ public:
+  /// `path` must not exist, or be an empty folder.
+  explicit AtomicFolder(const std::string& path);
+  ~AtomicFolder();
+  AtomicFolder(const AtomicFolder&) = delete;
+  AtomicFolder& operator=(const AtomicFolder&) = delete;
+  /// Where to write files until commit.
+  const std::string& path() const { return partial_; }
+  void commit();
+
+ private:
+  std::string path_, partial_;
+  std::unique_ptr<FolderLock> lock_;
+};
+
 /// Holds a folder for one process: flock on the folder itself, so that nothing is left behind. ConfigError if another
 /// process holds it. Released with the object or the process.
 class FolderLock {

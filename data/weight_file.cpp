@@ -1,5 +1,6 @@
 #include "data/weight_file.h"
 
+#include <algorithm>
 #include <filesystem>
 
 #include "configs/error.h"
@@ -12,7 +13,8 @@ namespace {
 constexpr int64_t kMaxIndexBytes = int64_t{64} << 20;
 constexpr size_t kMaxNamed = 20;
 const char* const kSingle = "model.safetensors";
-const char* const kIndex = "model.safetensors.index.json";
+const char* const kWeightEndings[] = {".safetensors", ".bin", ".pt",      ".pth", ".gguf",
+                                      ".onnx",        ".h5",  ".msgpack", ".ot",  ".index.json"};
 
 /// The index names files of its own folder only.
 bool good_shard(const std::string& name) {
@@ -41,16 +43,16 @@ std::map<std::string, std::string> read_index(const std::string& path) {
 
 WeightFile::WeightFile(const std::string& folder) : folder_(folder) {
   namespace fs = std::filesystem;
-  const std::string single = folder + "/" + kSingle, index = folder + "/" + kIndex;
+  const std::string single = folder + "/" + kSingle, index = folder + "/" + kWeightIndex;
   if (!fs::is_directory(folder)) {
     throw MissingError(folder + ": the model folder does not exist; give a folder in Hugging Face format.");
   }
   if (!fs::exists(single) && !fs::exists(index)) {
-    throw MissingError(folder + ": holds neither " + kSingle + " nor " + kIndex +
+    throw MissingError(folder + ": holds neither " + kSingle + " nor " + kWeightIndex +
                        "; weights in other formats (.bin, .gguf) must be converted to safetensors first.");
   }
   if (fs::exists(single) && fs::exists(index)) {
-    throw InputError(folder + ": holds both " + kSingle + " and " + kIndex +
+    throw InputError(folder + ": holds both " + kSingle + " and " + kWeightIndex +
                      ", and which one counts cannot be told; remove one.");
   }
   if (fs::exists(index)) {
@@ -76,7 +78,7 @@ void WeightFile::open_shards(const std::string& index_path) {
     for (const auto& [tensor, info] : files_[number]->tensors()) {
       const auto found = where_.find(tensor);
       if (found == where_.end() || found->second != number) {
-        throw InputError(folder_ + "/" + shard + ": holds tensor " + tensor + ", which " + kIndex +
+        throw InputError(folder_ + "/" + shard + ": holds tensor " + tensor + ", which " + kWeightIndex +
                          (found == where_.end() ? " does not name" : " places in another file") +
                          "; fetch the model again.");
       }
@@ -129,6 +131,16 @@ int64_t WeightFile::bytes_read() const {
   int64_t sum = 0;
   for (const auto& file : files_) sum += file->bytes_read();
   return sum;
+}
+
+void copy_companions(const std::string& from, const std::string& to) {
+  for (const auto& entry : std::filesystem::directory_iterator(from)) {
+    const std::string name = entry.path().filename().string();
+    const bool weights = std::any_of(std::begin(kWeightEndings), std::end(kWeightEndings),
+                                     [&](const char* ending) { return name.ends_with(ending); });
+    if (!entry.is_regular_file() || weights || name == "config.json" || name == "adapter_config.json") continue;
+    write_file_atomically(to + "/" + name, read_file(entry.path().string()));
+  }
 }
 
 }  // namespace corank

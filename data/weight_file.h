@@ -30,6 +30,8 @@ class WeightFile {
   /// InputError naming every tensor of the files that nothing read: an ignored weight is a wrong model.
   void require_all_used() const;
   int64_t bytes_read() const;
+  /// The files that hold the tensors: one, or every shard of the index.
+  const std::vector<std::unique_ptr<SafetensorsFile>>& files() const { return files_; }
   const std::string& folder() const { return folder_; }
 
  private:
@@ -40,5 +42,11 @@ class WeightFile {
   std::map<std::string, size_t> where_;
   std::set<std::string> used_;
 };
+
+inline constexpr const char* kWeightIndex = "model.safetensors.index.json";
+
+/// Copies what a model folder holds beside config.json and weights (tokenizer, templates, licence), each file
+/// atomically. Weights of any format and an adapter's configuration stay behind: they would not be those of `to`.
+void copy_companions(const std::string& from, const std::string& to);
 
 }  // namespace corank

@@ -11,6 +11,7 @@
 
 #include "comm/backends.h"
 #include "data/file.h"
+#include "launch/session.h"
 #include "trainer/adapter/adapter_file.h"
 #include "trainer/adapter/methods.h"
 #include "trainer/adapter/start.h"
@@ -63,13 +64,12 @@ int64_t check_tokens(const std::string& path, int64_t vocab_size, int64_t seq_le
 }
 
 /// The run's adapter on the outline of its model; that of adapter.path with its tensors' names and shapes.
-AdapterConfig check_adapter_fits(const RunConfig& run, Model& model, const std::vector<std::string>& linears) {
+AdapterConfig check_adapter_fits(const RunConfig& run, Model& model) {
   std::optional<AdapterFile> file;
   AdapterConfig adapter = run.adapter;
   if (!adapter.path.empty()) {
-    file = read_adapter(adapter.path);
-    check_adapter(*file, adapter.path);
-    adapter = merge_with_file(adapter, run.adapter_keys, file->config, linears);
+    file = read_run_adapter(run, model);
+    adapter = file->config;
   }
   const auto method = make_method(adapter);
   if (method->trains_base()) return adapter;
@@ -145,10 +145,9 @@ CheckedInputs check_inputs(const RunConfig& run, int ranks) {
   const auto model = outline_model(run.model, *solo);
   CheckedInputs result;
   result.base_parameters = num_base_parameters(*model);
-  std::vector<std::string> linears;
-  for (const AdaptedLinear* linear : model->linears()) linears.push_back(linear->name());
+  const std::vector<std::string> linears = linear_names(*model);
   require_every_target(run.adapter, linears);
-  AdapterConfig& adapter = result.adapter = check_adapter_fits(run, *model, linears);
+  AdapterConfig& adapter = result.adapter = check_adapter_fits(run, *model);
   require_every_entry(run.adapter, linears);
   if (!make_method(adapter)->trains_base()) result.targets = select_targets(adapter, linears);
   result.train_samples = check_tokens(run.data.train, model->vocab_size(), run.data.seq_len);

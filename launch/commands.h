@@ -34,6 +34,7 @@ std::function<int(const World*)> declare_generate(CLI::App& app);
 std::function<int(const World*)> declare_export(CLI::App& app);
 std::function<int(const World*)> declare_import(CLI::App& app);
 std::function<int(const World*)> declare_inspect(CLI::App& app);
+std::function<int(const World*)> declare_merge(CLI::App& app);
 std::function<int(const World*)> declare_validate(CLI::App& app);
 std::function<int(const World*)> declare_bench_comm(CLI::App& app);
 std::function<int(const World*)> declare_bench_step(CLI::App& app);

@@ -1,23 +1,44 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cmath>
+#include <iostream>
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "data/strict_json.h"
 #include "launch/commands.h"
 #include "launch/session.h"
+#include "trainer/agree.h"
 #include "trainer/generation.h"
 
 namespace corank {
 namespace {
 
+using nlohmann::json;
+
+constexpr int64_t kMaxNewTokens = 1'000'000;
+
 struct Arguments : CommandLine {
   std::vector<int64_t> prompt;
+  GenerationOptions options;
+  std::vector<std::string> adapters;  ///< NAME=PATH
+  std::string use;
+  bool merge = false, serve = false;
+  int64_t max_positions = 0;
+};
+
+/// One continuation to make.
+struct Request {
+  std::vector<int64_t> prompt;
+  std::string adapter;
   GenerationOptions options;
 };
 
 void check_options(const GenerationOptions& o) {
+  if (o.max_new_tokens < 1 || o.max_new_tokens > kMaxNewTokens)
+    throw ConfigError(fmt::format("max_new_tokens: {} is not in [1, {}].", o.max_new_tokens, kMaxNewTokens));
   if (!(o.temperature >= 0 && std::isfinite(o.temperature)))
     throw ConfigError(fmt::format("--temperature: {} is not a finite number of at least 0.", o.temperature));
   if (!(o.top_p > 0 && o.top_p <= 1)) throw ConfigError(fmt::format("--top-p: {} is not in (0, 1].", o.top_p));
@@ -30,8 +51,113 @@ void check_tokens(const char* option, const std::vector<int64_t>& tokens, int64_
   }
 }
 
+std::vector<NamedAdapter> named_adapters(const std::vector<std::string>& options) {
+  std::vector<NamedAdapter> adapters;
+  for (const std::string& option : options) {
+    const size_t end = option.find('=');
+    if (end == std::string::npos || end + 1 == option.size()) {
+      throw ConfigError(fmt::format("--adapter: '{}' is not of the form NAME=PATH.", option));
+    }
+    adapters.push_back({option.substr(0, end), option.substr(end + 1)});
+  }
+  return adapters;
+}
+
+/// A line of JSON as a request; what it leaves out is as the command line says.
+Request parse_request(const std::string& line, Request request) {
+  const json object = parse_json(line, "request");
+  if (!object.is_object()) throw ConfigError("request: not a JSON object.");
+  const auto read = [&](const std::string& key, const json& value, bool fits, auto& target) {
+    if (!fits) throw ConfigError(fmt::format("request: {} is {}, which is of the wrong type.", key, value.dump()));
+    value.get_to(target);
+  };
+  const auto whole = [](const json& value) { return value.is_number_integer(); };
+  const auto all_whole = [&](const json& value) {
+    return value.is_array() && std::all_of(value.begin(), value.end(), whole);
+  };
+  bool has_prompt = false;
+  for (const auto& [key, value] : object.items()) {
+    if (key == "prompt") {
+      read(key, value, all_whole(value), request.prompt);
+      has_prompt = !request.prompt.empty();
+    } else if (key == "adapter") {
+      read(key, value, value.is_string(), request.adapter);
+    } else if (key == "max_new_tokens") {
+      read(key, value, whole(value), request.options.max_new_tokens);
+    } else if (key == "temperature") {
+      read(key, value, value.is_number(), request.options.temperature);
+    } else if (key == "top_p") {
+      read(key, value, value.is_number(), request.options.top_p);
+    } else if (key == "seed") {
+      read(key, value, value.is_number_unsigned(), request.options.seed);
+    } else if (key == "stop_tokens") {
+      read(key, value, all_whole(value), request.options.stop_tokens);
+    } else {
+      throw ConfigError(fmt::format(
+          "request: '{}' is not one of prompt, adapter, max_new_tokens, temperature, top_p, seed, stop_tokens.", key));
+    }
+  }
+  if (!has_prompt) throw ConfigError("request: prompt is missing. Give a list of token ids.");
+  return request;
+}
+
+/// Collective over the mesh.
+std::vector<int64_t> answer(Inference& inference, const Request& request, int64_t max_positions) {
+  check_options(request.options);
+  check_tokens("--prompt-tokens", request.prompt, inference.model().vocab_size());
+  check_tokens("--stop-tokens", request.options.stop_tokens, inference.model().vocab_size());
+  const int64_t positions = static_cast<int64_t>(request.prompt.size()) + request.options.max_new_tokens;
+  if (positions > max_positions) {
+    throw ConfigError(
+        fmt::format("the prompt's {} tokens and max_new_tokens {} are more than the {} positions of this process. "
+                    "Shorten one of them, or start with a larger --max-positions.",
+                    request.prompt.size(), request.options.max_new_tokens, max_positions));
+  }
+  inference.adapters().use(request.adapter);
+  return generate(inference.model(), request.prompt, request.options, inference.mesh().tp());
+}
+
+/// Collective over `world`. The next line of rank 0's standard input; false at its end.
+bool next_line(Communicator& world, std::string& line) {
+  std::string message;  // a line is marked, so that an empty one is not the end
+  if (world.rank() == 0 && std::getline(std::cin, line)) message = "+" + line;
+  message = broadcast_text(world, message);
+  if (message.empty()) return false;
+  line = message.substr(1);
+  return true;
+}
+
+/// Collective over the mesh. What every rank refuses alike is an answer too, and the process goes on.
+json respond(Inference& inference, const std::string& line, const Request& defaults, int64_t max_positions) {
+  try {
+    const Request request = parse_request(line, defaults);
+    const auto tokens = answer(inference, request, max_positions);
+    return {{"adapter", request.adapter}, {"tokens", tokens}};
+  } catch (const ConfigError& e) {
+    return {{"error", e.what()}};
+  } catch (const InputError& e) {
+    return {{"error", e.what()}};
+  }
+}
+
+void serve(Inference& inference, const Request& defaults, int64_t max_positions) {
+  for (std::string line; next_line(inference.mesh().world(), line);) {
+    const json response = respond(inference, line, defaults, max_positions);
+    if (!inference.leader()) continue;
+    fmt::print("{}\n", response.dump());
+    std::fflush(stdout);
+  }
+}
+
+void check_mode(const Arguments& a) {
+  if (a.serve == a.prompt.empty()) return;
+  throw ConfigError(a.serve ? "--serve: prompts come from standard input. Leave --prompt-tokens out."
+                            : "--prompt-tokens is missing. Give token ids, or --serve to read requests.");
+}
+
 int run_generate(const Arguments& a, const World& world) {
   share_cores(world);
+  check_mode(a);
   check_options(a.options);
   RunConfig run = read_run(a.run_file, a.overrides);
   if (run.parallel.tensor != world.size()) {
@@ -39,13 +165,20 @@ int run_generate(const Arguments& a, const World& world) {
         fmt::format("generate: {} ranks, but parallel.tensor is {}. A prompt has one data-parallel group.",
                     world.size(), run.parallel.tensor));
   }
-  run.model.max_positions = static_cast<int64_t>(a.prompt.size()) + a.options.max_new_tokens;
-  Session session(run, world);
-  check_tokens("--prompt-tokens", a.prompt, session.model().vocab_size());
-  check_tokens("--stop-tokens", a.options.stop_tokens, session.model().vocab_size());
-  const auto tokens = generate(session.model(), a.prompt, a.options, session.mesh().tp());
-  if (!session.leader()) return 0;
-  fmt::print("{}\n", a.json ? nlohmann::json{{"tokens", tokens}}.dump() : fmt::format("{}", fmt::join(tokens, ",")));
+  run.model.max_positions =
+      a.serve ? a.max_positions : static_cast<int64_t>(a.prompt.size()) + a.options.max_new_tokens;
+  Inference inference(run, named_adapters(a.adapters), a.merge, world);
+  const std::vector<std::string> names = inference.adapters().names();
+  const std::string first = names.empty() ? AdapterSet::kBase : names.front();
+  const Request request{a.prompt, a.use.empty() ? first : a.use, a.options};
+  inference.adapters().use(request.adapter);
+  if (a.serve) {
+    serve(inference, request, run.model.max_positions);
+    return 0;
+  }
+  const auto tokens = answer(inference, request, run.model.max_positions);
+  if (!inference.leader()) return 0;
+  fmt::print("{}\n", a.json ? json{{"tokens", tokens}}.dump() : fmt::format("{}", fmt::join(tokens, ",")));
   return 0;
 }
 
@@ -55,15 +188,29 @@ std::function<int(const World*)> declare_generate(CLI::App& app) {
   auto a = std::make_shared<Arguments>();
   add_run_options(app, *a);
   app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated")
-      ->required()
       ->delimiter(',')
       ->check(CLI::Range(int64_t{0}, std::numeric_limits<int64_t>::max()));
   app.add_option("--max-new-tokens", a->options.max_new_tokens, "tokens to add at most")
-      ->check(CLI::Range(1, 1'000'000));
+      ->check(CLI::Range(int64_t{1}, kMaxNewTokens));
   app.add_option("--temperature", a->options.temperature, "0: greedy");
   app.add_option("--top-p", a->options.top_p, "nucleus sampling");
   app.add_option("--seed", a->options.seed, "of the sampling");
   app.add_option("--stop-tokens", a->options.stop_tokens, "generation ends after one of these")->delimiter(',');
+  app.add_option("--adapter", a->adapters,
+                 "NAME=PATH, as often as wanted: adapters of any methods over the one base, beside that of "
+                 "adapter.path, which is called default")
+      ->allow_extra_args(false);
+  app.add_option("--use", a->use, "the adapter to answer with; base: none (default: the first)");
+  app.add_flag("--merge", a->merge,
+               "merge the adapter into the base: the speed of the base; a quantised base is held dense, in the memory "
+               "of model.dtype");
+  app.add_flag("--serve", a->serve,
+               "read requests from standard input, one JSON object a line: prompt, and adapter, max_new_tokens, "
+               "temperature, top_p, seed, stop_tokens where they differ from the command line's; answer each with a "
+               "line {\"adapter\", \"tokens\"} or {\"error\"}");
+  app.add_option("--max-positions", a->max_positions, "with --serve: the most tokens of a prompt and its answer")
+      ->default_val(4096)
+      ->check(CLI::Range(int64_t{2}, int64_t{1} << 20));
   return [a](const World* world) { return run_generate(*a, *world); };
 }
 

@@ -18,6 +18,7 @@ constexpr corank::Command kCommands[] = {
     {"train", "train an adapter (or all weights) as RUN.yaml says; resumes by itself", corank::declare_train, true},
     {"eval", "mean loss over the target tokens of data.eval", corank::declare_eval, true},
     {"generate", "continue a prompt given as token ids", corank::declare_generate, true},
+    {"merge", "base + adapter -> an ordinary model folder", corank::declare_merge, false},
     {"export", "checkpoint -> PEFT folder", corank::declare_export, false},
     {"import", "PEFT folder -> adapter.h5", corank::declare_import, false},
     {"inspect", "what is in a checkpoint, token file, adapter or model", corank::declare_inspect, false},

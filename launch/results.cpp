@@ -1,16 +1,14 @@
 #include "launch/results.h"
 
-#include <filesystem>
 #include <set>
 
 #include "data/file.h"
 #include "data/safetensors.h"
+#include "data/weight_file.h"
 #include "trainer/agree.h"
 
 namespace corank {
 namespace {
-
-namespace fs = std::filesystem;
 
 /// Weights in the run's dtype, and everything else of the base folder but its weights.
 void write_model_folder(const std::string& folder, const RunConfig& run, const AdapterFile& weights,
@@ -22,14 +20,7 @@ void write_model_folder(const std::string& folder, const RunConfig& run, const A
   }
   write_file_atomically(folder + "/model.safetensors", safetensors_image(tensors));
   write_file_atomically(folder + "/config.json", model_config_json(run.model));
-  if (run.model.path.empty()) return;
-  for (const auto& entry : fs::directory_iterator(run.model.path)) {
-    const std::string name = entry.path().filename().string();
-    const bool weight =
-        name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") || name.ends_with(".bin");
-    if (!entry.is_regular_file() || weight || name == "config.json") continue;
-    write_file_atomically(folder + "/" + name, read_file(entry.path().string()));
-  }
+  if (!run.model.path.empty()) copy_companions(run.model.path, folder);
 }
 
 }  // namespace

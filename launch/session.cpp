@@ -20,13 +20,19 @@ std::unique_ptr<Mesh> make_mesh(const RunConfig& run, const World& world, Ledger
   return std::make_unique<Mesh>(std::move(all), static_cast<int>(run.parallel.tensor));
 }
 
-std::vector<std::string> linear_names(Model& model) {
-  std::vector<std::string> names;
-  for (const AdaptedLinear* linear : model.linears()) names.push_back(linear->name());
-  return names;
+AdapterFile read_checked(const std::string& path) {
+  AdapterFile file = read_adapter(path);
+  check_adapter(file, path);
+  return file;
 }
 
 }  // namespace
+
+AdapterFile read_run_adapter(const RunConfig& run, Model& model) {
+  AdapterFile file = read_checked(run.adapter.path);
+  file.config = merge_with_file(run.adapter, run.adapter_keys, file.config, linear_names(model));
+  return file;
+}
 
 Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh_(make_mesh(run_, world, ledger_)) {
   require_equal(mesh_->world(), run_.yaml(), "the run (run file and overrides)");
@@ -34,14 +40,23 @@ Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh
   model_ = load_model(run_.model, mesh_->tp());
   std::optional<AdapterFile> file;
   if (!run_.adapter.path.empty()) {
-    file = read_adapter(run_.adapter.path);
-    check_adapter(*file, run_.adapter.path);
-    run_.adapter = merge_with_file(run_.adapter, run_.adapter_keys, file->config, linear_names(*model_));
+    file = read_run_adapter(run_, *model_);
+    run_.adapter = file->config;
   }
   run_.adapter.fan_in_fan_out = !transposed_weights(*model_).empty();
   method_ = make_method(run_.adapter);
   start_method(*method_, *model_, store_, *mesh_, run_.model.dtype, static_cast<uint64_t>(run_.train.seed),
                file ? &*file : nullptr);
+}
+
+Inference::Inference(RunConfig run, const std::vector<NamedAdapter>& adapters, bool merged, const World& world)
+    : mesh_(make_mesh(run, world, ledger_)) {
+  require_equal(mesh_->world(), run.yaml(), "the run (run file and overrides)");
+  run.model.device = mesh_->device();
+  model_ = load_model(run.model, mesh_->tp());
+  adapters_ = std::make_unique<AdapterSet>(*model_, *mesh_, run.model.dtype, merged);
+  if (!run.adapter.path.empty()) adapters_->load("default", read_run_adapter(run, *model_));
+  for (const NamedAdapter& adapter : adapters) adapters_->load(adapter.name, read_checked(adapter.path));
 }
 
 int share_cores(const World& world) {

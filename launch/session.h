@@ -1,16 +1,21 @@
 #pragma once
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "comm/backends.h"
 #include "comm/mesh.h"
 #include "data/token_file.h"
 #include "launch/run_config.h"
+#include "trainer/adapter/adapter_set.h"
 #include "trainer/adapter/methods.h"
 #include "trainer/checkpoint.h"
 #include "trainer/model/model.h"
 
 namespace corank {
+
+/// The adapter at adapter.path, checked, its configuration merged with the run's keys.
+AdapterFile read_run_adapter(const RunConfig& run, Model& model);
 
 /// The parts that every command with a model shares, built in order and destroyed in reverse: ledger, mesh, model,
 /// method, parameters.
@@ -35,6 +40,30 @@ class Session {
   std::unique_ptr<Model> model_;
   std::unique_ptr<AdapterMethod> method_;
   ParameterStore store_;
+};
+
+/// An adapter of the command line.
+struct NamedAdapter {
+  std::string name, path;
+};
+
+/// The parts of a command that only asks a model: the base, loaded once, and adapters over it, switched by name.
+class Inference {
+ public:
+  /// Collective over the world. The adapter of adapter.path comes first, as "default", then `adapters`, which bring
+  /// their whole configuration along; the base is in use. ConfigError, InputError, MissingError.
+  Inference(RunConfig run, const std::vector<NamedAdapter>& adapters, bool merged, const World& world);
+
+  const Mesh& mesh() const { return *mesh_; }
+  Model& model() { return *model_; }
+  AdapterSet& adapters() { return *adapters_; }
+  bool leader() const { return mesh_->world().rank() == 0; }
+
+ private:
+  Ledger ledger_;
+  std::unique_ptr<Mesh> mesh_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<AdapterSet> adapters_;
 };
 
 /// Shares the cores of this host among its ranks and returns the threads of this one.

@@ -287,6 +287,187 @@ class Models(Case):
             shutil.rmtree(model)
 
 
+class Life(Case):
+    """An adapter on a model folder: merged, and switched to and from."""
+
+    def setUp(self):
+        super().setUp()
+        self.model = ROOT / "tests/golden/llama/model"
+        self.merged = self.folder / "merged"
+        tokens = self.folder / "tokens.h5"
+        with h5py.File(tokens, "w") as file:
+            file["tokens"] = (np.arange(600) ** 2 % 131 % 130).astype(np.int32)
+            file["offsets"] = np.arange(0, 601, 20, dtype=np.int64)
+            file["loss_mask"] = np.ones(600, np.uint8)
+            file.attrs.update({"format": "corank-tokens", "version": 1, "vocab_size": 130})
+        self.run_file = self.folder / "run.yaml"
+        self.run_file.write_text(f"model: {{path: {self.model}, dtype: float32}}\n"
+                                 f"data: {{train: {tokens}, eval: {tokens}, seq_len: 32, packing: false}}\n"
+                                 "train: {max_steps: 4, global_batch_size: 4, learning_rate: 1e-2}\n")
+
+    def trained(self, name, *overrides):
+        self.succeed(corank("train", self.run_file, f"output_dir={self.folder / name}", *overrides))
+        return self.folder / name / "adapter"
+
+    def loss(self, *overrides):
+        return json.loads(self.succeed(corank("eval", self.run_file, *overrides, "--json")))["loss"]
+
+    def merge(self, adapter, *overrides, out=None):
+        return corank("merge", self.run_file, f"adapter.path={adapter}", "--out", out or self.merged, *overrides)
+
+    def generate(self, *arguments, ranks=1, **options):
+        """Answers of one process that serves `requests`, or the tokens that one process of its own gives."""
+        command = [*([*MPIRUN, str(ranks)] if ranks > 1 else []), CORANK, "generate", *map(str, (self.run_file, *arguments))]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=100, **options)
+        return [json.loads(line) for line in self.succeed(done).splitlines()]
+
+    def test_merged_is_the_base_with_its_adapter(self):
+        for settings, overrides in (([], []), (["adapter.method=dora"], []), (["adapter.method=mora", "adapter.mora_type=6"], []),
+                                    (["adapter.method=pissa"], []),
+                                    (["model.quantization=nf4"], ["model.quantization=nf4"]),
+                                    (["model.quantization=int8", "adapter.modules_to_save=[lm_head]"], ["model.quantization=int8"])):
+            with self.subTest(settings):
+                shutil.rmtree(self.folder / "run", ignore_errors=True)
+                adapter = self.trained("run", *settings)
+                report = json.loads(self.succeed(self.merge(adapter, *overrides, "--json")))
+                self.assertEqual((report["merged"], report["replaced"], report["tensors"]),
+                                 (14, int("lm_head" in str(settings)), 21))
+                self.assertEqual(report["base"], "dequantized" if overrides else "stored")
+                with_adapter = self.loss(f"adapter.path={adapter}", *overrides)
+                merged = self.loss(f"model.path={self.merged}")
+                self.assertAlmostEqual(merged / with_adapter, 1, delta=1e-5)
+                self.assertGreater(abs(self.loss(*overrides) / with_adapter - 1), 1e-3)
+                if overrides:
+                    original = self.folder / "original"
+                    self.assertIn("as the folder holds it", self.succeed(self.merge(adapter, *overrides, "--base", "original",
+                                                                                    out=original)))
+                    self.assertAlmostEqual(self.loss(f"model.path={original}") / self.loss(f"adapter.path={adapter}"), 1, delta=1e-5)
+                    shutil.rmtree(original)
+                shutil.rmtree(self.merged)
+
+    def test_merge_refusals(self):
+        adapter = self.trained("run")
+        foreign, before = self.folder / "foreign", sorted(self.model.iterdir())
+        foreign.mkdir()
+        (foreign / "notes").touch()
+        for code, words, result in (
+                (64, ("adapter.path",), corank("merge", self.run_file, "--out", self.merged)),
+                (64, ("full fine-tuning",), corank("merge", self.run_file, "adapter.method=full", "--out", self.merged)),
+                (64, ("the model itself",), self.merge(adapter, out=self.model)),
+                (64, (str(foreign), "holds something already"), self.merge(adapter, out=foreign)),
+                (64, ("--base dequantized",), self.merge(adapter, "--base", "dequantized")),
+                (64, ("model.shape",), corank("merge", TINY, f"adapter.path={adapter}", "--out", self.merged)),
+                (64, ("4 bits", "--base dequantized"), self.merge(
+                    adapter, f"model.path={ROOT}/tests/golden/methods/llama_nf4/model", "model.quantization=nf4", "--base", "original")),
+                (65, ("none that",), self.changed(adapter, lambda w: {**w, "base_model.model.model.norm.weight": np.ones(64)})),
+                (65, ("no place for", "layers.7"), self.changed(
+                    adapter, lambda w: {name.replace("layers.1", "layers.7"): value for name, value in w.items()})),
+                (65, ("NaN or infinite",), self.changed(
+                    adapter, lambda w: {name: value * np.float32(1e30) for name, value in w.items()})),
+                (66, ("nowhere",), self.merge("nowhere"))):
+            with self.subTest(words):
+                self.refuse(result, code, *words)
+                self.assertEqual([sorted(self.model.iterdir()), sorted(foreign.iterdir())], [before, [foreign / "notes"]])
+                self.assertFalse(self.merged.exists() or Path(f"{self.merged}.partial").exists())
+
+    def changed(self, adapter, change):
+        """What merge makes of an adapter whose weights were changed."""
+        folder = self.folder / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(adapter, folder)
+        save_file(change(load_file(adapter / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+        return self.merge(folder)
+
+    def test_a_killed_merge_leaves_no_folder_and_the_next_one_is_whole(self):
+        adapter, large = self.trained("run"), self.folder / "large"
+        shutil.copytree(self.model, large)
+        (large / "merges.txt").write_bytes(bytes(1 << 28))
+        partial = Path(f"{self.merged}.partial")
+        process = subprocess.Popen([CORANK, "merge", self.run_file, f"model.path={large}", f"adapter.path={adapter}", "--out",
+                                    self.merged], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        while not (partial / "model.safetensors").exists():
+            self.assertIsNone(process.poll(), "the merge ended before it could be killed")
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        self.assertTrue(partial.exists())
+        self.assertFalse(self.merged.exists())
+        self.succeed(self.merge(adapter))
+        self.assertFalse(partial.exists())
+        self.assertEqual(sorted(p.name for p in self.merged.iterdir()), ["config.json", "model.safetensors"])
+
+    def adapters(self):
+        """One of each kind, and what a process of its own answers with each."""
+        paths = {"a": self.trained("a"),
+                 "b": self.trained("b", "adapter.method=dora", "adapter.r=4", "adapter.target_modules=[q_proj,down_proj]",
+                                   "adapter.modules_to_save=[embed_tokens,norm,lm_head]"),
+                 "c": self.trained("c", "adapter.method=adalora"),
+                 "d": self.trained("d", "adapter.method=mora", "adapter.mora_type=6"),
+                 "e": self.trained("e", "adapter.method=pissa").parent / "checkpoint-4"}
+        prompt = ("--prompt-tokens", "5,25,62", "--max-new-tokens", 12, "--json")
+        alone = {name: self.generate(f"adapter.path={path}", *prompt)[0]["tokens"] for name, path in paths.items()}
+        alone["base"] = self.generate(*prompt)[0]["tokens"]
+        self.assertGreater(len(set(map(str, alone.values()))), 4, alone)
+        return paths, alone
+
+    def test_switching_gives_what_fresh_processes_give(self):
+        paths, alone = self.adapters()
+        named = [word for name, path in paths.items() for word in ("--adapter", f"{name}={path}")]
+        order = ["a", "b", "a", "base", "b", "c", "e", "d", "b", "base", "e", "a", "d", "c"]
+        requests = "".join(json.dumps({"prompt": [5, 25, 62], "adapter": name}) + "\n" for name in order)
+        for settings in ([], ["parallel.tensor=2"], ["--merge"], ["parallel.tensor=2", "--merge"], ["model.quantization=nf4"],
+                         ["model.quantization=nf4", "--merge"]):
+            with self.subTest(settings):
+                if "model.quantization=nf4" in settings:
+                    expected = {name: self.generate(*(f"adapter.path={paths[n]}" for n in [name] if n != "base"), settings[0],
+                                                    "--prompt-tokens", "5,25,62", "--max-new-tokens", 12, "--json")[0]["tokens"]
+                                for name in ("a", "b", "base")}
+                else:
+                    expected = alone
+                answers = self.generate(*named, *settings, "--serve", "--max-new-tokens", 12, "--max-positions", 64,
+                                        ranks=2 if "parallel.tensor=2" in settings else 1, input=requests)
+                self.assertEqual([answer["adapter"] for answer in answers], order)
+                for name, answer in zip(order, answers, strict=True):
+                    if name in expected:
+                        self.assertEqual(answer["tokens"], expected[name], name)
+        one = self.generate(*named, "--use", "b", "--prompt-tokens", "5,25,62", "--max-new-tokens", 12, "--json")
+        self.assertEqual(one[0]["tokens"], alone["b"])
+
+    def test_requests_that_are_refused_do_not_end_the_process(self):
+        adapter = self.trained("run")
+        good = {"prompt": [5, 25], "max_new_tokens": 3}
+        bad = (("{", "request"), ([], "JSON object"), ({}, "prompt is missing"), ({**good, "promt": 1}, "promt"),
+               ({**good, "prompt": [1.5]}, "wrong type"), ({**good, "prompt": [130]}, "vocabulary"),
+               ({**good, "adapter": "x"}, "'x'; there are: default, y, base"), ({**good, "temperature": -1}, "temperature"),
+               ({**good, "max_new_tokens": 0}, "max_new_tokens"), ({**good, "max_new_tokens": 99}, "--max-positions"))
+        lines = [line if isinstance(line, str) else json.dumps(line) for request, _ in bad for line in (request, good)]
+        answers = self.generate(f"adapter.path={adapter}", "--adapter", f"y={adapter}", "--serve", "--max-positions", 64,
+                                input="\n".join(lines))
+        for (_, word), refusal, answer in zip(bad, answers[::2], answers[1::2], strict=True):
+            self.assertIn(word, refusal["error"])
+            self.assertEqual(answer, answers[1])
+        drawn = [{**good, "temperature": 1.0, "seed": seed, "max_new_tokens": 20} for seed in (1, 2, 1)]
+        answers = self.generate("--serve", input="\n".join(map(json.dumps, drawn)))
+        self.assertEqual(answers[0], answers[2])
+        self.assertNotEqual(answers[0], answers[1])
+
+    def test_adapters_that_are_refused(self):
+        adapter = self.trained("run")
+        full = self.folder / "full"
+        self.succeed(corank("train", self.run_file, f"output_dir={full}", "adapter.method=full"))
+        prompt = ("--prompt-tokens", "5")
+        for arguments, code, word in (((f"base={adapter}",), 64, "base"), ((f"x={adapter}", f"x={adapter}"), 64, "two adapters"),
+                                      ((str(adapter),), 64, "NAME=PATH"), ((f"x y={adapter}",), 64, "letters"),
+                                      (("x=nowhere",), 66, "nowhere"), ((f"x={full}/model",), 66, "no adapter here"),
+                                      ((f"x={full}/checkpoint-4",), 65, "full fine-tuning")):
+            with self.subTest(arguments):
+                named = [word for argument in arguments for word in ("--adapter", argument)]
+                self.refuse(corank("generate", self.run_file, *named, *prompt), code, word)
+        self.refuse(corank("generate", self.run_file, "--use", "x", *prompt), 64, "'x'")
+        self.refuse(corank("generate", self.run_file), 64, "--prompt-tokens", "--serve")
+        self.refuse(corank("generate", self.run_file, "--serve", *prompt), 64, "--serve")
+
+
 class Runs(Case):
     def test_validate(self):
         result = json.loads(self.succeed(corank("validate", TINY, f"output_dir={self.out}", "--json")))
@@ -567,7 +748,7 @@ class Runs(Case):
         self.assertEqual(sorted(report), ["final_loss", "model_tflops", "peak_memory_bytes", "step_seconds", "tokens_per_second"])
 
     def test_help_of_every_command(self):
-        for command in (["train"], ["eval"], ["generate"], ["export"], ["import"], ["inspect"], ["validate"], ["bench", "comm"],
+        for command in (["train"], ["eval"], ["generate"], ["merge"], ["export"], ["import"], ["inspect"], ["validate"], ["bench", "comm"],
                         ["bench", "step"]):
             self.assertIn("Usage", self.succeed(corank(*command, "--help")))
 

@@ -531,9 +531,16 @@ class GlossaryTest(Scratch):
 
 FAKE_CORANK = """#!{python}
 import json, sys
-json.dump(sys.argv[1:], open({log!r}, "w"))
-print(json.dumps({{"tokens": {tokens}}}))
-sys.exit({code})
+log = open({log!r}, "w")
+print(json.dumps(sys.argv[1:]), file=log, flush=True)
+for line in sys.stdin:
+    print(line, end="", file=log, flush=True)
+    if {code}:
+        sys.exit({code})
+    if json.loads(line)["prompt"] == {refused}:
+        print(json.dumps({{"error": "too long for this process"}}), flush=True)
+    else:
+        print(json.dumps({{"adapter": "x", "tokens": {tokens}}}), flush=True)
 """
 
 
@@ -543,21 +550,62 @@ class ChatTest(Scratch):
         self.run_file = self.folder / "run.yaml"
         self.run_file.write_text(f"model:\n  path: {write_model(self.folder / 'model')}\n")
 
-    def chat(self, *options, tokens=(), exits=0, code=0):
+    def fake(self, tokens=(), exits=0, refused=None):
         fake = self.folder / "corank"
         fake.write_text(FAKE_CORANK.format(python=sys.executable, log=str(self.folder / "log"), tokens=list(tokens),
-                                           code=exits))
+                                           code=exits, refused=refused))
         fake.chmod(0o700)
-        return tool("launch/chat", self.run_file, *options, code=code, CORANK_BIN=str(fake))
+        return {"CORANK_BIN": str(fake)}
+
+    def chat(self, *options, code=0, **fake):
+        return tool("launch/chat", self.run_file, *options, code=code, **self.fake(**fake))
+
+    def log(self):
+        """What corank was started with, and the requests that it got."""
+        arguments, *requests = map(json.loads, (self.folder / "log").read_text().splitlines())
+        return arguments, requests
 
     def test_prompt(self):
         output, _ = self.chat("data.seq_len=8", "--prompt", "hi", "--system", "be", "--adapter", "some/adapter",
                               "--max-new-tokens", 5, tokens=byte_ids("yes<e>\nmore"))
         self.assertEqual(output, "yes\n")
         prompt = "<s>system\nbe<e>\n<s>user\nhi<e>\n<s>assistant\n"
-        self.assertEqual(json.loads((self.folder / "log").read_text()),
-                         ["generate", str(self.run_file), "data.seq_len=8", 'adapter.path="some/adapter"', "--json",
-                          "--max-new-tokens", "5", "--prompt-tokens", ",".join(map(str, byte_ids(prompt)))])
+        arguments, requests = self.log()
+        self.assertEqual(arguments, ["generate", str(self.run_file), "data.seq_len=8", 'adapter.path="some/adapter"',
+                                     "--serve", "--max-new-tokens", "5"])
+        self.assertEqual(requests, [{"prompt": byte_ids(prompt), "adapter": "default", "stop_tokens": byte_ids("<e>")}])
+
+    def test_adapters_by_name(self):
+        config = self.folder / "model" / "config.json"
+        config.write_text(json.dumps({"vocab_size": 300, "max_position_embeddings": 777}))
+        names = ("--adapter", "a=x/y", "--adapter", "b=p=q")
+        for use, adapter in (((), "a"), (("--use", "b"), "b"), (("--use", "base"), "base")):
+            self.chat("--prompt", "hi", *names, *use, "--merge", tokens=byte_ids("yes<e>"))
+            arguments, requests = self.log()
+            self.assertEqual(arguments[-7:], ["--max-positions", "777", *names, "--merge"])
+            self.assertEqual(requests[0]["adapter"], adapter)
+        for wrong, word in ((("--use", "c"), "default"), (("--adapter", "b=z"), "two adapters"), (("--adapter", "z"), "names")):
+            self.assertIn(word, self.chat("--prompt", "hi", "--adapter", "first", *names, *wrong, code=64)[1])
+
+    def test_conversation(self):
+        """On a terminal: one process for all answers, commands between them, and what is refused is no part of it."""
+        typed = "hi\n/adapters\n/use b\nxx\nho\n/use zzz\n/what\n"
+        turns = "<s>user\nhi<e>\n<s>assistant\nyes<e>\n"
+        environment = {**os.environ, **self.fake(tokens=byte_ids("yes<e>"),
+                                                 refused=byte_ids(turns + "<s>user\nxx<e>\n<s>assistant\n"))}
+        parent, child = os.openpty()
+        os.write(parent, typed.encode() + b"\x04")
+        done = subprocess.run([sys.executable, ROOT / "launch/chat", self.run_file, "--adapter", "a=x", "--adapter", "b=y"], stdin=child,
+                              env=environment, capture_output=True, text=True, timeout=60)
+        os.close(parent)
+        os.close(child)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("a (in use)\nb\nbase\n", done.stdout)
+        for words in ("chat: too long for this process", "no adapter is named zzz; there are a, b, base", "/use NAME"):
+            self.assertIn(words, done.stderr)
+        _, requests = self.log()
+        self.assertEqual([request["adapter"] for request in requests], ["a", "b", "b"])
+        self.assertEqual(requests[2]["prompt"], byte_ids(turns + "<s>user\nho<e>\n<s>assistant\n"))
 
     def test_model_without_a_template_continues_text(self):
         plain = write_model(self.folder / "plain", template=None)
@@ -565,14 +613,16 @@ class ChatTest(Scratch):
         output, note = self.chat(override, "--prompt", "ab", tokens=byte_ids("cd"))
         self.assertEqual(output, "cd\n")
         self.assertIn("no chat template", note)
-        self.assertEqual(json.loads((self.folder / "log").read_text())[-1], ",".join(map(str, byte_ids("ab"))))
+        self.assertEqual(self.log()[1][0]["prompt"], byte_ids("ab"))
         self.chat(override, "--prompt", "ab", "--system", "be", code=64)
 
     def test_refusals(self):
         self.assertIn("no terminal", self.chat(code=64)[1])
         self.chat("--prompt", "hi", exits=65, code=65)
         self.chat("nonsense", "--prompt", "hi", code=64)
-        self.chat("--prompt", "x" * 70000, code=64)
+        self.chat("--prompt", "x" * 70000, tokens=[0])  # no argument of a command could hold it
+        prompt = byte_ids("<s>user\nhi<e>\n<s>assistant\n")
+        self.assertIn("too long", self.chat("--prompt", "hi", refused=prompt, code=64)[1])
         self.chat("model.path=nowhere", "--prompt", "hi", code=66)
         self.run_file.write_text("model: {shape: llama-3-8b}\n")
         self.assertIn("model.path is missing", self.chat("--prompt", "hi", code=64)[1])

@@ -169,6 +169,31 @@ TEST_F(File, Folders) {
   EXPECT_THROW(sync_folder(folder_ + "/absent"), StorageError);
 }
 
+TEST_F(File, FoldersAppearCompleteOrNotAtAll) {
+  const std::string place = folder_ + "/whole";
+  {
+    AtomicFolder folder(place + "/");
+    write_file_atomically(folder.path() + "/a", "1");
+    EXPECT_THROW(AtomicFolder{place}, ConfigError);  // one at a time
+  }
+  EXPECT_EQ(num_files(), 0u);
+  make_folders(place + ".partial");
+  write_file_atomically(place + ".partial/of a process that was killed", "x");
+  {
+    AtomicFolder folder(place);
+    write_file_atomically(folder.path() + "/a", "1");
+    EXPECT_FALSE(fs::exists(place));
+    folder.commit();
+  }
+  EXPECT_EQ(num_files(), 1u);
+  EXPECT_EQ(read_file(place + "/a"), "1");
+  EXPECT_FALSE(fs::exists(place + "/of a process that was killed"));
+  AtomicFolder again(place);
+  EXPECT_THROW(again.commit(), StorageError);  // nothing is replaced
+  make_folders(folder_ + "/other.partial/folder");
+  EXPECT_THROW(AtomicFolder{folder_ + "/other"}, StorageError);
+}
+
 TEST_F(File, PermissionsFollowTheUmask) {
   const mode_t before = umask(027);
   write_file_atomically(path_, "x");

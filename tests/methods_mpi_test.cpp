@@ -1,4 +1,7 @@
 #include "tests/topology_cases.h"
+#include "trainer/adapter/adapter_set.h"
+#include "trainer/adapter/merged.h"
+#include "trainer/generation.h"
 
 // Every other method of the table, and every format of the base, in every layout.
 namespace corank::test {
@@ -97,6 +100,44 @@ TEST_P(Merged, ForwardIsTheProductWithTheMergedWeight) {
   }
 }
 
+class MergedInMemory : public Merged {};
+
+/// Merged in memory, the model gives the same and no adapter takes part; unmerged, it is what it was, bit for bit.
+TEST_P(MergedInMemory, IsTheAdapterAndGoesBackToTheBit) {
+  const Setting setting = GetParam();
+  const std::vector<int64_t> tokens{3, 14, 15, 92, 65, 35, 89, 79};
+  for (const int tensor : {1, 2, 4}) {
+    if (test_world().size() % tensor != 0) continue;
+    TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
+    const auto logits = [&] { return all_logits(*run.model, tokens, run.mesh.tp()); };
+    const auto weights = [&] {
+      const at::AutoGradMode no_grad(false);
+      std::vector<at::Tensor> all;
+      for (const AdaptedLinear* linear : run.model->linears()) all.push_back(linear->weight().dense_OI().clone());
+      return all;
+    };
+    const at::Tensor untrained = logits();
+    Loader batches(data_, loader(setting, &run.mesh));
+    for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, rate(setting));
+    const at::Tensor before = logits();
+    const auto weights_before = weights();
+    merge_adapter(*run.model, *run.method, run.store, run.mesh.tp());
+    const Batch batch = make_batch({{}}, 0, 64);
+    SegmentAttention attention(batch);
+    const ForwardContext context{batch, attention, run.mesh.tp()};
+    for (const AdaptedLinear* linear : run.model->linears()) {
+      EXPECT_TRUE(linear->is_merged());
+      EXPECT_EQ(linear->projection(context).update, nullptr);
+    }
+    EXPECT_LT(relative_error(logits(), before), 1e-5) << "tp " << tensor;
+    EXPECT_GT(relative_error(before, untrained), 1e-3) << "nothing was trained";
+    unmerge_adapter(*run.model, *run.method, run.mesh);
+    const auto weights_after = weights();
+    for (size_t i = 0; i < weights_before.size(); ++i) EXPECT_TRUE(at::equal(weights_after[i], weights_before[i]));
+    EXPECT_TRUE(at::equal(logits(), before)) << "tp " << tensor;
+  }
+}
+
 const Setting kMerged[] = {
     {.name = "lora"},
     {.name = "lora_nf4", .quantization = "nf4"},
@@ -113,9 +154,90 @@ const Setting kMerged[] = {
     {.name = "pissa", .method = "pissa"},
 };
 
+const Setting kMergedInMemory[] = {
+    {.name = "pissa_nf4", .method = "pissa", .quantization = "nf4"},
+    {.name = "gpt2", .shape = "tiny-gpt2"},
+    {.name = "gpt2_dora", .method = "dora", .shape = "tiny-gpt2"},
+    {.name = "modules_to_save", .modules_to_save = {"embed_tokens", "norm", "lm_head"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Methods, MergedInMemory, testing::ValuesIn(kMerged), case_name);
+INSTANTIATE_TEST_SUITE_P(More, MergedInMemory, testing::ValuesIn(kMergedInMemory), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Merged, testing::ValuesIn(kMerged), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Topology, testing::ValuesIn(kMethods), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Resume, testing::ValuesIn(kResumed), case_name);
+
+/// Adapters of several methods, ranks and targets over one model.
+class Switching : public testing::TestWithParam<Setting> {
+ protected:
+  /// As a run of three steps leaves it, on the model's own weights.
+  AdapterFile trained(const Setting& setting, const AdapterConfig& config) {
+    TrainingRun run(nullptr, 1, tiny(setting), config);
+    Loader batches(data_, loader(setting, nullptr));
+    for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, 1e-2);
+    AdapterFile file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
+    run.method->from_checkpoint(file);
+    return file;
+  }
+
+#ifdef CORANK_GPU_TEST
+  static constexpr const char* kBackend = "nccl";
+#else
+  static constexpr const char* kBackend = "mpi";
+#endif
+  TokenFile data_{repository("configs/tiny/train.h5")};
+};
+
+TEST_P(Switching, GivesTheBitsOfAModelThatHadNoOther) {
+  std::map<std::string, AdapterFile> files;
+  for (const std::string method : {"lora", "dora", "adalora", "mora", "pissa"}) {
+    Setting setting = GetParam();
+    setting.method = method;
+    AdapterConfig config = adapter(setting);
+    if (method == "dora") {
+      config.r = 4;
+      config.all_linear = false;
+      config.target_modules.names = {"q_proj", "down_proj"};
+      config.modules_to_save = {"embed_tokens", "norm", "lm_head"};
+    }
+    files.emplace(method, trained(setting, config));
+  }
+  const std::vector<int64_t> tokens{3, 14, 15, 92, 65, 35, 89, 79};
+  for (const int tensor : {1, 2, 4}) {
+    if (test_world().size() % tensor != 0) continue;
+    for (const bool merged : {false, true}) {
+      std::map<std::string, at::Tensor> alone;
+      for (const auto& [name, file] : files) {
+        TrainingRun run(&test_world(), tensor, tiny(GetParam()), file.config, {}, 42, &file);
+        if (merged) merge_adapter(*run.model, *run.method, run.store, run.mesh.tp());
+        alone.emplace(name, all_logits(*run.model, tokens, run.mesh.tp()));
+      }
+      Ledger ledger;
+      const Mesh mesh(make_communicator(kBackend, test_world(), ledger), tensor);
+      ModelOptions options = tiny(GetParam());
+      options.device = mesh.device();
+      const auto model = load_model(options, mesh.tp());
+      AdapterSet set(*model, mesh, options.dtype, merged);
+      alone.emplace("base", all_logits(*model, tokens, mesh.tp()));
+      for (const auto& [name, file] : files) set.load(name, file);
+      for (const char* name : {"base", "dora", "lora", "dora", "adalora", "base", "pissa", "mora", "dora", "pissa"}) {
+        set.use(name);
+        EXPECT_EQ(set.in_use(), name);
+        EXPECT_TRUE(at::equal(all_logits(*model, tokens, mesh.tp()), alone.at(name)))
+            << name << " tp " << tensor << " merged " << merged;
+        EXPECT_EQ(at::equal(alone.at(name), alone.at("base")), name == std::string("base"));
+      }
+      EXPECT_THROW(set.use("nobody"), ConfigError);
+      EXPECT_EQ(set.in_use(), "pissa");
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Bases, Switching,
+                         testing::Values(Setting{.name = "float32"},
+                                         Setting{.name = "bfloat16", .dtype = at::kBFloat16},
+                                         Setting{.name = "nf4", .quantization = "nf4"}),
+                         case_name);
 
 /// What no rank can hold a part of.
 TEST(LinearsOfSeveralMatrices, AreRefusedByNameWhereTheyCannotBeSplit) {

@@ -1,5 +1,5 @@
-// peft_export MODEL_DIR OUT_DIR [METHOD]: trains three steps on fixed tokens, writes OUT_DIR/adapter (PEFT folder) and
-// OUT_DIR/logits.safetensors for tests/golden/check_peft.py.
+// peft_export MODEL_DIR OUT_DIR [METHOD]: trains three steps on fixed tokens, writes OUT_DIR/adapter (PEFT folder),
+// OUT_DIR/merged (model folder) and OUT_DIR/logits.safetensors for tests/golden/check_peft.py.
 #include <fmt/format.h>
 
 #include "data/file.h"
@@ -7,6 +7,7 @@
 #include "tests/support.h"
 #include "trainer/checkpoint.h"
 #include "trainer/generation.h"
+#include "trainer/merge.h"
 
 int main(int argc, char** argv) {
   using namespace corank;
@@ -35,6 +36,8 @@ int main(int argc, char** argv) {
   config.fan_in_fan_out = !transposed_weights(*run.model).empty();
   const std::string out = argv[2];
   write_peft_folder(out + "/adapter", collect_adapter(run.store, *run.method, {"", config, argv[1]}, run.mesh.tp()));
+  make_folders(out + "/merged");
+  write_merged_model(out + "/merged", options, read_adapter(out + "/adapter"), /*dequantize=*/false);
   const at::Tensor ids = tokens.to(at::kLong);
   const at::Tensor logits =
       all_logits(*run.model, {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + 24}, run.mesh.tp());

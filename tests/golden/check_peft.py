@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Loads an adapter that corank wrote with the real transformers and PEFT and compares logits.
 
-    check_peft.py ADAPTER_DIR MODEL_DIR LOGITS.safetensors [--tolerance 1e-5] [--allow TEXT]
+    check_peft.py ADAPTER_DIR MODEL_DIR LOGITS.safetensors [--merged DIR] [--tolerance 1e-5]
+                  [--allow TEXT]
 
-LOGITS.safetensors holds tokens int64 [T] and logits F32 [T, V], both as corank has them. Any
+LOGITS.safetensors holds tokens int64 [T] and logits F32 [T, V], both as corank has them; DIR, the
+adapter merged into the model, must load as an ordinary model and give the same. Any
 warning, any tensor that PEFT would leave out or make up, and a difference above the tolerance
 (relative L2, and largest difference over largest logit) make it fail: exit 1 and the reasons.
 """
@@ -46,10 +48,13 @@ def watch_logs(lines):
     logging.captureWarnings(False)
 
 
+def load_model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
 def load(options):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.float32, attn_implementation="eager")
-    return PeftModel.from_pretrained(model, options.adapter).eval()
+    return PeftModel.from_pretrained(load_model(options.model), options.adapter).eval()
 
 
 def check_tensors(model, adapter):
@@ -89,6 +94,8 @@ def check(options):
             model = load(options)
             lines += check_tensors(model, options.adapter)
             lines += check_logits(model, options.logits, options.tolerance)
+            if options.merged:
+                lines += check_logits(load_model(options.merged), options.logits, options.tolerance)
         except Exception as error:
             lines.append(f"{type(error).__name__}: {error}")
     return [f"{w.category.__name__}: {w.message}" for w in caught] + lines
@@ -99,6 +106,7 @@ def main():
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_DIR")
     parser.add_argument("model", type=Path, metavar="MODEL_DIR")
     parser.add_argument("logits", type=Path, metavar="LOGITS.safetensors")
+    parser.add_argument("--merged", type=Path, metavar="DIR")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     parser.add_argument("--allow", action="append", default=[], metavar="TEXT",
                         help="a warning that holds TEXT is no fault: PEFT gives it for its own folders too")

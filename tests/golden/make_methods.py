@@ -145,6 +145,10 @@ for layers.0.self_attn.q_proj, which all adapt, and layers.1.self_attn.v_proj, w
 Of an svd result compare products only: signs are free.
 linear_rslora: both are rsLoRA, and PEFT keeps the flag with alpha = r, so that the result's scaling
 is sqrt(r), not 1; its folder and its product are PEFT's, with that scaling.
+
+merged.safetensors: <case>.<module>.weight F32, as PEFT's merge_and_unload leaves them, of the
+adapters and modules in MERGED below (made before this case); bf16.<case>.<module>.weight BF16: the
+same on the base rounded to bf16.
 """
 
 import argparse
@@ -1054,6 +1058,39 @@ def make_combine(out):
     write_json(folder / "cases.json", cases)
 
 
+# Merged weights
+
+MERGED = {  # folders of the adapter and of its model, and the modules that are compared
+    "llama": ("llama/adapter", "llama", PISSA_MODULES),
+    "llama_tied_llama3rope": ("llama_tied_llama3rope/adapter", "llama_tied_llama3rope",
+                              PISSA_MODULES[:2]),
+    "rslora": ("methods/rslora/adapter", "llama", PISSA_MODULES),
+    "dora": ("methods/dora/adapter", "llama", PISSA_MODULES),
+    "adalora": ("methods/adalora/adapter", "llama", PISSA_MODULES[:2]),
+    "adalora_final": ("methods/adalora/adapter_final", "llama", PISSA_MODULES[:2]),
+    "pissa": ("methods/pissa/adapter", "llama", PISSA_MODULES[:2]),
+    "modules_to_save": ("methods/modules_to_save/adapter", "llama", PISSA_MODULES[:2]),
+    "phi3": ("families/phi3/adapter", "families/phi3",
+             ["layers.0.self_attn.qkv_proj", "layers.1.mlp.gate_up_proj"]),
+    "gpt2": ("families/gpt2/adapter", "families/gpt2", ["h.0.attn.c_attn", "h.1.mlp.c_proj"]),
+}
+
+
+def merged(adapter, base, modules, dtype=torch.float32):
+    model = golden.load_model(HERE / base / "model").to(dtype)
+    model = PeftModel.from_pretrained(model, HERE / adapter).merge_and_unload()
+    return {f"{name}.weight": model.base_model.get_submodule(name).weight for name in modules}
+
+
+def make_merged(out):
+    tensors = {}
+    for name, case in MERGED.items():
+        tensors |= prefixed(name, merged(*case))
+    for name in ("llama", "dora", "adalora", "gpt2"):
+        tensors |= prefixed(f"bf16.{name}", merged(*MERGED[name], torch.bfloat16))
+    write_tensors(out / "merged.safetensors", tensors)
+
+
 def write_versions(out):
     modules = [bitsandbytes, numpy, peft, safetensors, torch, transformers]
     write_json(out / "VERSIONS.json", {m.__name__: m.__version__ for m in modules})
@@ -1063,7 +1100,7 @@ CASES = {"dora": make_dora, "rslora": make_rslora, "modules_to_save": make_modul
          "loraplus": make_loraplus, "adalora": make_adalora, "pissa": make_pissa,
          "allocator": make_allocator, "single_layers": make_single_layers,
          "nf4": make_nf4, "int8": make_int8, "llama_nf4": make_llama_nf4,
-         "combine": make_combine}
+         "combine": make_combine, "merged": make_merged}
 
 
 def main():

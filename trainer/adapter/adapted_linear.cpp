@@ -35,6 +35,19 @@ void AdaptedLinear::rebuild(const std::function<at::Tensor(const at::Tensor& ful
     stored.read_nf4 = [] { return std::nullopt; };
   }
   weight_ = make_frozen_weight(base_.format, stored, base_.shard);
+  is_merged_ = false;
+}
+
+at::Tensor AdaptedLinear::gather_weight(Communicator& tp) const {
+  return gather_shards(weight_->dense_OI(), base_.shard, {site_.out, site_.in}, tp);
+}
+
+void AdaptedLinear::merge(const at::Tensor& w_OI) {
+  FormatOptions dense = base_.format;
+  dense.name = "none";
+  const StoredWeight merged{name(), [&](const Shard& shard) { return take_shard(w_OI, shard); }, {}};
+  weight_ = make_frozen_weight(dense, merged, base_.shard);
+  is_merged_ = true;
 }
 
 void AdaptedLinear::train_base(ParameterStore& store) {
@@ -68,7 +81,7 @@ ops::Projection AdaptedLinear::projection(const ForwardContext& context) const {
   p.matrix = weight_.get();
   p.matrix_leaf = weight_leaf_;
   if (bias_O_.defined() && adds_bias_) p.bias_O = bias_O_;
-  if (!adapter_) return p;
+  if (!adapter_ || is_merged_) return p;
   ops::Dropout dropout;
   if (context.training && adapter_->dropout() > 0) {
     dropout = {adapter_->dropout(), ops::key_of(context.seed, "dropout", site_.name, context.step),

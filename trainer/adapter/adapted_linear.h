@@ -2,6 +2,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "trainer/adapter/adapter.h"
@@ -26,9 +27,18 @@ class AdaptedLinear {
   /// Makes the frozen weight anew, from what `change` makes of read_base() in float32 (none: as it was at first). What
   /// earlier changes left is forgotten.
   void rebuild(const std::function<at::Tensor(const at::Tensor& full_OI)>& change = {});
+  /// Collective over tp. The whole frozen weight [out, in] as the run has it, in the compute dtype.
+  at::Tensor gather_weight(Communicator& tp) const;
+  /// Until rebuild(), the linear is the product with w_OI [out, in], held dense in the compute dtype, and its adapter
+  /// rests.
+  void merge(const at::Tensor& w_OI);
+  bool is_merged() const { return is_merged_; }
   /// Of the full linear: weight and bias.
   int64_t num_base_parameters() const { return site_.in * site_.out + (bias_O_.defined() ? site_.out : 0); }
-  void set_adapter(std::unique_ptr<Adapter> adapter) { adapter_ = std::move(adapter); }
+  /// Returns the one before; null: none.
+  std::unique_ptr<Adapter> set_adapter(std::unique_ptr<Adapter> adapter) {
+    return std::exchange(adapter_, std::move(adapter));
+  }
   const Adapter* adapter() const { return adapter_.get(); }
   /// Registers weight and bias as trainable (full fine-tuning).
   void train_base(ParameterStore& store);
@@ -42,6 +52,7 @@ class AdaptedLinear {
   at::Tensor weight_leaf_;
   ops::Weight bias_O_;
   bool adds_bias_;
+  bool is_merged_ = false;
   std::unique_ptr<Adapter> adapter_;
 };
 

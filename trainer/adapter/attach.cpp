@@ -7,9 +7,7 @@
 namespace corank {
 
 void attach_adapters(Model& model, const AdapterConfig& config, const MakeAdapter& make) {
-  std::vector<std::string> names;
-  for (const AdaptedLinear* linear : model.linears()) names.push_back(linear->name());
-  const std::vector<std::string> targets = select_targets(config, names);
+  const std::vector<std::string> targets = select_targets(config, linear_names(model));
   const std::set<std::string> chosen(targets.begin(), targets.end());
   for (AdaptedLinear* linear : model.linears()) {
     if (chosen.count(linear->name())) linear->set_adapter(make(*linear));

@@ -84,7 +84,8 @@ class AdapterMethod {
   virtual std::string beyond_plain_lora() const;
   /// Who loads the folder that to_peft makes, one sentence.
   virtual std::string consumers() const;
-  /// The weight of which the adapted linear is the product: the plain formula, on full tensors in one dtype.
+  /// The weight of which the adapted linear is the product: the plain formula, on full tensors in one dtype. With the
+  /// tensors of an adapter file, w_OI is the model's own weight; with those of the store alone, the one under training.
   virtual at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const = 0;
 
  protected:

@@ -86,7 +86,9 @@ class Pissa : public AdapterMethod {
     return lora_gradient_sizes(linear, config_.rank_of(linear.name), tensor);
   }
   at::Tensor merged(const std::string& module, const ModuleTensors& t, const at::Tensor& w_OI) const override {
-    return w_OI + (at::mm(t.at(kB), t.at(kA)) - at::mm(t.at(kFirstB), t.at(kFirstA))) * config_.scaling_of(module);
+    at::Tensor update = at::mm(t.at(kB), t.at(kA));
+    if (t.contains(kFirstA)) update -= at::mm(t.at(kFirstB), t.at(kFirstA));
+    return w_OI + update * config_.scaling_of(module);
   }
 
   void from_checkpoint(AdapterFile& file) const override { to_peft(file); }

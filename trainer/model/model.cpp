@@ -14,6 +14,12 @@ void train_weight(const NamedWeight& named, const std::string& name, ParameterSt
   store.add(std::move(spec));
 }
 
+std::vector<std::string> linear_names(Model& model) {
+  std::vector<std::string> names;
+  for (const AdaptedLinear* linear : model.linears()) names.push_back(linear->name());
+  return names;
+}
+
 std::set<std::string> transposed_weights(Model& model) {
   std::set<std::string> names;
   for (const AdaptedLinear* linear : model.linears()) {

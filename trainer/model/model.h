@@ -45,6 +45,8 @@ class Model {
 /// Makes `named` trainable, as parameter `name` that starts at its value.
 void train_weight(const NamedWeight& named, const std::string& name, ParameterStore& store);
 
+/// Names of model.linears(), in order.
+std::vector<std::string> linear_names(Model& model);
 /// Names of the weights that the family's files hold as [in, out]; everywhere else they are [out, in].
 std::set<std::string> transposed_weights(Model& model);
 /// All base parameters, full sizes.
