@@ -20,6 +20,7 @@ constexpr corank::Command kCommands[] = {
     {"generate", "continue a prompt given as token ids", corank::declare_generate, true},
     {"export", "checkpoint -> PEFT folder", corank::declare_export, false},
     {"import", "PEFT folder -> adapter.h5", corank::declare_import, false},
+    {"combine", "several adapters -> one PEFT folder", corank::declare_combine, false},
     {"inspect", "what is in a checkpoint, token file, adapter or model", corank::declare_inspect, false},
     {"validate", "every check that train makes before its first step", corank::declare_validate, false},
     {"bench comm", "bytes of one step by purpose, predicted and counted, against full fine-tuning",

@@ -118,11 +118,6 @@ void check_expressions(const AdapterConfig& c, const Fail& fail) {
   for (const auto& entry : c.alpha_pattern) check_expression(entry.first, "alpha_pattern", fail);
 }
 
-bool is_all_linear(std::string text) {
-  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
-  return text == "all-linear";
-}
-
 /// PEFT would adapt the head and the embedding too, and refuse norms; here only the blocks' linears take an adapter.
 void require_only_linears(const AdapterConfig& config) {
   if (config.all_linear) return;
@@ -158,6 +153,11 @@ ModulePattern read_pattern(const Section& section, const std::string& key) {
 }
 
 }  // namespace
+
+bool is_all_linear(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
+  return text == "all-linear";
+}
 
 bool AdapterKey::of(const std::string& method) const {
   return methods.empty() || std::count(methods.begin(), methods.end(), method) > 0;
