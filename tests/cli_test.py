@@ -98,7 +98,7 @@ class Refusals(Case):
 
     def test_values_out_of_range(self):
         for override in ("adapter.r=0", "adapter.lora_dropout=1", "train.micro_batch_size=0", "train.learning_rate=-1",
-                         "adapter.method=dorra", "model.quantization=nf5", "data.packing=maybe"):
+                         "adapter.method=dorra", "adapter.pissa_iterations=0", "model.quantization=nf5", "data.packing=maybe"):
             with self.subTest(override):
                 self.refuse(self.train(override), 64, override.split("=")[0])
 
@@ -106,6 +106,7 @@ class Refusals(Case):
         self.refuse(self.train("model.quantization=int8", "model.double_quant=true"), 64, "model.double_quant", "int8")
         self.refuse(self.train("model.double_quant=false"), 64, "model.double_quant", "nf4")
         self.refuse(self.train("model.quantization=nf4", "adapter.method=full"), 64, "model.quantization", "nf4", "full")
+        self.refuse(self.train("adapter.method=pissa", "adapter.pissa_iterations=5"), 64, "adapter.pissa_iterations", "none")
 
     def test_values_that_no_run_can_use(self):
         for overrides in (["train.global_batch_size=2000000"], ["data.seq_len=2000000"], ["data.seq_len=1"],

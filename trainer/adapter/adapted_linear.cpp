@@ -37,6 +37,13 @@ void AdaptedLinear::rebuild(const std::function<at::Tensor(const at::Tensor& ful
   weight_ = make_frozen_weight(base_.format, stored, base_.shard);
 }
 
+at::Tensor AdaptedLinear::stored_form(const at::Tensor& full_OI) const {
+  StoredWeight stored = base_.stored;
+  stored.read = [cpu = full_OI.to(at::kCPU, at::kFloat)](const Shard& shard) { return take_shard(cpu, shard); };
+  stored.read_nf4 = [] { return std::nullopt; };
+  return make_frozen_weight(base_.format, stored, {})->dense_OI().to(full_OI.options().dtype(at::kFloat));
+}
+
 void AdaptedLinear::train_base(ParameterStore& store) {
   ParameterSpec weight;
   weight.name = site_.name + ".weight";

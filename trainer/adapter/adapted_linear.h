@@ -26,6 +26,8 @@ class AdaptedLinear {
   /// Makes the frozen weight anew, from what `change` makes of read_base() in float32 (none: as it was at first). What
   /// earlier changes left is forgotten.
   void rebuild(const std::function<at::Tensor(const at::Tensor& full_OI)>& change = {});
+  /// What the frozen weight would show of the whole `full_OI`: quantised and back. float32.
+  at::Tensor stored_form(const at::Tensor& full_OI) const;
   /// Of the full linear: weight and bias.
   int64_t num_base_parameters() const { return site_.in * site_.out + (bias_O_.defined() ? site_.out : 0); }
   void set_adapter(std::unique_ptr<Adapter> adapter) { adapter_ = std::move(adapter); }

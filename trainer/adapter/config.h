@@ -57,6 +57,7 @@ struct AdapterConfig {
   AdaLoraConfig adalora;
   int64_t mora_type = 1;
   std::optional<int64_t> pissa_niter;        ///< subspace iterations of a randomised decomposition; none: exact
+  int64_t pissa_iterations = 1;              ///< rounds of decomposing what quantising the residual leaves (QPiSSA)
   double loraplus_lr_ratio = 1;              ///< LoRA+ (arXiv 2402.12354): learning rate of B over that of A
   std::vector<std::string> modules_to_save;  ///< embedding, head, last norm: trained in full beside the adapter
   bool fan_in_fan_out = false;               ///< of the model's files, for PEFT; no key of the run file
