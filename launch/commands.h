@@ -33,6 +33,7 @@ std::function<int(const World*)> declare_eval(CLI::App& app);
 std::function<int(const World*)> declare_generate(CLI::App& app);
 std::function<int(const World*)> declare_export(CLI::App& app);
 std::function<int(const World*)> declare_import(CLI::App& app);
+std::function<int(const World*)> declare_combine(CLI::App& app);
 std::function<int(const World*)> declare_inspect(CLI::App& app);
 std::function<int(const World*)> declare_merge(CLI::App& app);
 std::function<int(const World*)> declare_validate(CLI::App& app);

@@ -21,6 +21,7 @@ constexpr corank::Command kCommands[] = {
     {"merge", "base + adapter -> an ordinary model folder", corank::declare_merge, false},
     {"export", "checkpoint -> PEFT folder", corank::declare_export, false},
     {"import", "PEFT folder -> adapter.h5", corank::declare_import, false},
+    {"combine", "several adapters -> one PEFT folder", corank::declare_combine, false},
     {"inspect", "what is in a checkpoint, token file, adapter or model", corank::declare_inspect, false},
     {"validate", "every check that train makes before its first step", corank::declare_validate, false},
     {"bench comm", "bytes of one step by purpose, predicted and counted, against full fine-tuning",

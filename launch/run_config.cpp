@@ -174,6 +174,9 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
     file.section("model").fail("quantization", fmt::format("weights in {} cannot train, and method {} trains them",
                                                            run.model.quantization, run.adapter.method));
   }
+  if (run.model.quantization == "none" && run.adapter.pissa_iterations > 1) {
+    adapter.fail("pissa_iterations", "makes up for what quantising loses, and model.quantization is none");
+  }
   for (const AdapterKey& key : adapter_keys()) {
     if (adapter.has(key.name)) run.adapter_keys.push_back(key.name);
   }

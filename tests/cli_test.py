@@ -98,7 +98,7 @@ class Refusals(Case):
 
     def test_values_out_of_range(self):
         for override in ("adapter.r=0", "adapter.lora_dropout=1", "train.micro_batch_size=0", "train.learning_rate=-1",
-                         "adapter.method=dorra", "model.quantization=nf5", "data.packing=maybe"):
+                         "adapter.method=dorra", "adapter.pissa_iterations=0", "model.quantization=nf5", "data.packing=maybe"):
             with self.subTest(override):
                 self.refuse(self.train(override), 64, override.split("=")[0])
 
@@ -106,6 +106,7 @@ class Refusals(Case):
         self.refuse(self.train("model.quantization=int8", "model.double_quant=true"), 64, "model.double_quant", "int8")
         self.refuse(self.train("model.double_quant=false"), 64, "model.double_quant", "nf4")
         self.refuse(self.train("model.quantization=nf4", "adapter.method=full"), 64, "model.quantization", "nf4", "full")
+        self.refuse(self.train("adapter.method=pissa", "adapter.pissa_iterations=5"), 64, "adapter.pissa_iterations", "none")
 
     def test_values_that_no_run_can_use(self):
         for overrides in (["train.global_batch_size=2000000"], ["data.seq_len=2000000"], ["data.seq_len=1"],
@@ -468,6 +469,84 @@ class Life(Case):
         self.refuse(corank("generate", self.run_file, "--serve", *prompt), 64, "--serve")
 
 
+class AdapterFiles(Case):
+    """combine, and export --as plain-lora: files into files."""
+
+    MODEL = ROOT / "tests/golden/llama/model"
+    INPUTS = [ROOT / "tests/golden/methods/combine" / name for name in ("first", "second", "third")]
+
+    def loss(self, adapter):
+        tokens = self.folder / "tokens.h5"
+        if not tokens.exists():
+            with h5py.File(tokens, "w") as file:
+                file["tokens"] = np.arange(60, dtype=np.int32) * 7 % 130
+                file["offsets"] = np.arange(0, 61, 10, dtype=np.int64)
+                file["loss_mask"] = np.ones(60, np.uint8)
+                file.attrs.update({"format": "corank-tokens", "version": 1, "vocab_size": 130})
+        run = self.folder / "run.yaml"
+        run.write_text(f"model: {{path: {self.MODEL}, dtype: float32}}\nadapter: {{path: {adapter}}}\n"
+                       f"data: {{eval: {tokens}, seq_len: 32}}\n")
+        return json.loads(self.succeed(corank("eval", run, "--json")))["loss"]
+
+    def combine(self, *options, inputs=INPUTS):
+        return corank("combine", *inputs, "--out", self.out, *options)
+
+    def test_combine(self):
+        for how, inputs, weights, peft in (("cat", self.INPUTS, "0.7,-0.4,1.5", "cat"), ("svd", self.INPUTS, "0.7,-0.4,1.5", "svd"),
+                                           ("linear", self.INPUTS[:2], "0.7,-0.4", "linear")):
+            with self.subTest(how):
+                report = json.loads(self.succeed(self.combine("--weights", weights, "--how", how, "--json", inputs=inputs)))
+                config = json.loads((self.out / "adapter_config.json").read_text())
+                self.assertEqual((report["r"], report["lora_alpha"]), (config["r"], config["lora_alpha"]))
+                self.assertAlmostEqual(self.loss(self.out) / self.loss(self.INPUTS[0].parent / peft), 1, delta=1e-6)
+        self.assertIn("plain LoRA of rank 3", self.succeed(self.combine("--weights=-0.7,0.4,1", "--how", "svd", "--r", "3")))
+
+    def test_combine_takes_checkpoints_and_files(self):
+        run, imported = self.folder / "run", self.folder / "first.h5"
+        self.succeed(self.train("train.max_steps=1", "adapter.method=pissa", out=run))
+        self.assertIn("rank 32", self.succeed(corank("combine", run / "checkpoint-1", run / "adapter", "--weights", "0.5,0.5",
+                                                     "--how", "cat", "--out", self.out)))
+        self.succeed(corank("import", self.INPUTS[0], "--out", imported))
+        self.succeed(corank("combine", imported, "--weights", "1", "--how", "linear", "--out", self.folder / "same"))
+        self.assertAlmostEqual(self.loss(self.folder / "same") / self.loss(self.INPUTS[0]), 1, delta=1e-6)
+
+    def test_combine_refuses(self):
+        one, two = self.INPUTS[:2]
+        for inputs, options, code, words in (
+                ([one, two], ["--weights", "1", "--how", "cat"], 64, ["--weights", "1 weights for 2"]),
+                ([one, two], ["--weights", "1,nan", "--how", "cat"], 64, ["--weights", "nan"]),
+                ([one, self.INPUTS[2]], ["--weights", "1,1", "--how", "linear"], 64, ["rank 4", "cat or svd"]),
+                ([one, two], ["--weights", "1,1", "--how", "cat", "--r", "4"], 64, ["--r"]),
+                ([one, self.folder / "none"], ["--weights", "1,1", "--how", "cat"], 66, ["none"]),
+                ([one, ROOT / "tests/golden/methods/dora/adapter"], ["--weights", "1,1", "--how", "cat"], 64,
+                 ["dora", "export --as plain-lora"]),
+                ([one, ROOT / "tests/golden/methods/modules_to_save/adapter"], ["--weights", "1,1", "--how", "cat"], 64,
+                 ["modules_to_save", "lm_head"])):
+            with self.subTest(words):
+                self.refuse(self.combine(*options, inputs=inputs), code, *words)
+        self.assertEqual(self.combine("--weights", "1", "--how", "ties", inputs=[one]).returncode, 64)
+        self.assertEqual(corank("combine", one, "--weights", "1", "--how", "cat", "--out", one).returncode, 64)
+
+    def test_plain_lora_by_svd(self):
+        dora = ROOT / "tests/golden/methods/dora/adapter"
+        export = ("export", dora, "--out", self.out, "--as", "plain-lora")
+        self.refuse(corank(*export), 64, "--base", "dora")
+        self.refuse(corank(*export, "--base", self.MODEL), 65, "--max-error", "rank 8 leaves", "more than 0.05", "model.layers.")
+        self.refuse(corank(*export, "--base", ROOT / "tests/golden/families/qwen2/model"), 65, "base model")
+        self.assertIn("largest", self.succeed(corank(*export, "--base", self.MODEL, "--max-error", "0.9")))
+        report = json.loads(self.succeed(corank(*export, "--base", self.MODEL, "--r", "64", "--max-error", "1e-6", "--json")))
+        self.assertEqual((report["r"], len(report["errors"])), (64, 14))
+        self.assertAlmostEqual(self.loss(self.out) / self.loss(dora), 1, delta=1e-6)
+
+    def test_plain_lora_refuses(self):
+        adapters = ROOT / "tests/golden/methods"
+        for adapter, options, code, words in (("modules_to_save/adapter", ["--as", "plain-lora"], 64, ["modules_to_save", "lm_head"]),
+                                              ("adalora/adapter", ["--as", "plain-lora", "--r", "4"], 64, ["--r", "exactly"]),
+                                              ("dora/adapter", ["--r", "4"], 64, ["--r", "plain-lora"])):
+            with self.subTest(adapter):
+                self.refuse(corank("export", adapters / adapter, "--out", self.out, *options), code, *words)
+
+
 class Runs(Case):
     def test_validate(self):
         result = json.loads(self.succeed(corank("validate", TINY, f"output_dir={self.out}", "--json")))
@@ -639,9 +718,18 @@ class Runs(Case):
                                                  "adapter.lora_alpha=null", f"adapter.path={adapter}", "--json"))
                     self.assertAlmostEqual(json.loads(result)["loss"] / trained, 1, delta=1e-6)
                 self.assertIn(words, self.succeed(corank("export", out / "checkpoint-20", "--out", peft)))
-                refused = corank("export", out / "checkpoint-20", "--out", self.folder / "plain", "--as", "plain-lora")
-                self.assertEqual(refused.returncode, 0 if method in ("lora", "pissa") else 64, refused.stderr)
-                shutil.rmtree(self.folder / "plain", ignore_errors=True)
+                plain = self.folder / f"{method}-plain"
+                result = corank("export", out / "checkpoint-20", "--out", plain, "--as", "plain-lora")
+                if method in ("dora", "mora"):  # not without the weights
+                    self.assertEqual(result.returncode, 64, result.stderr)
+                    self.assertIn("--base", result.stderr)
+                    continue
+                self.assertIn("rank", self.succeed(result))
+                config = json.loads((plain / "adapter_config.json").read_text())
+                self.assertEqual((config["use_rslora"], config["rank_pattern"], config["alpha_pattern"]), (False, {}, {}))
+                result = self.succeed(corank("eval", TINY, "adapter.method=null", "adapter.r=null", "adapter.lora_alpha=null",
+                                             f"adapter.path={plain}", "--json"))
+                self.assertAlmostEqual(json.loads(result)["loss"] / trained, 1, delta=1e-6)
 
     def test_an_adapter_of_another_method_or_scale(self):
         adalora = self.folder / "adalora"
@@ -748,7 +836,7 @@ class Runs(Case):
         self.assertEqual(sorted(report), ["final_loss", "model_tflops", "peak_memory_bytes", "step_seconds", "tokens_per_second"])
 
     def test_help_of_every_command(self):
-        for command in (["train"], ["eval"], ["generate"], ["merge"], ["export"], ["import"], ["inspect"], ["validate"], ["bench", "comm"],
+        for command in (["train"], ["eval"], ["generate"], ["merge"], ["export"], ["import"], ["combine"], ["inspect"], ["validate"], ["bench", "comm"],
                         ["bench", "step"]):
             self.assertIn("Usage", self.succeed(corank(*command, "--help")))
 

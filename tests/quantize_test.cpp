@@ -495,6 +495,60 @@ TEST_F(Bitsandbytes, ALinearThatIsNotQuantisedIsRefused) {
   expect_refused<InputError>({up_, "not quantised"});
 }
 
+// ---- QPiSSA
+
+TEST_F(Bitsandbytes, PissaNeedsTheFullWeight) {
+  AdapterConfig config;
+  config.method = "pissa";
+  const ModelOptions options = quantised_model(write());
+  try {
+    TrainingRun run(nullptr, 1, options, config);
+    ADD_FAILURE() << "accepted";
+  } catch (const ConfigError& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find("self_attn.q_proj"), std::string::npos) << message;
+    EXPECT_NE(message.find("in 4 bits"), std::string::npos) << message;
+    EXPECT_NE(message.find("16 bits"), std::string::npos) << message;
+  }
+}
+
+/// The authors' rounds (methods 8.6), plainly: what W = deq + s B A leaves, relative.
+double plain_qpissa_error(const at::Tensor& w, int64_t rank, int64_t rounds) {
+  at::Tensor target = w.to(at::kDouble), dequantised, low_rank;
+  for (int64_t round = 0; round < rounds; ++round) {
+    const auto [u, s, vt] = at::linalg_svd(target, /*full_matrices=*/false);
+    low_rank = at::mm(u.narrow(1, 0, rank) * s.narrow(0, 0, rank), vt.narrow(0, 0, rank));
+    dequantised =
+        ops::nf4_dequantise(ops::nf4_quantise((w.to(at::kDouble) - low_rank).to(at::kFloat), true), at::kFloat);
+    target = w.to(at::kDouble) - dequantised.to(at::kDouble);
+  }
+  return relative_error(dequantised.to(at::kDouble) + low_rank, w);
+}
+
+TEST(QPissa, RoundsAreThoseOfThePlainFormAndLowerTheError) {
+  AdapterConfig config;
+  config.method = "pissa";
+  config.lora_alpha = 4;  // s = 1/2: the factors carry its inverse
+  WeightFile file(golden("llama/model"));
+  std::map<std::string, double> before;
+  for (const int64_t rounds : {1, 2, 3, 5}) {
+    config.pissa_iterations = rounds;
+    TrainingRun run(nullptr, 1, quantised_model(golden("llama/model")), config);
+    for (const AdaptedLinear* linear : run.model->linears()) {
+      const at::Tensor w = file.read(linear->name() + ".weight");
+      const auto factor = [&](const char* suffix) {
+        return run.store.at("base_model.model." + linear->name() + suffix).master;
+      };
+      const at::Tensor product = at::mm(factor(".lora_B.weight"), factor(".lora_A.weight")) * 0.5;
+      const double error = relative_error(linear->weight().dense_OI() + product, w);
+      EXPECT_NEAR(error / plain_qpissa_error(w, 8, rounds), 1, 1e-3) << linear->name() << " " << rounds;
+      const double last = rounds == 1 ? 1 : before[linear->name()];
+      EXPECT_LT(error, last) << linear->name() << " " << rounds;
+      before[linear->name()] = error;
+    }
+  }
+}
+
 TEST(Rebuild, ChangesTheFullWeightBeforeItIsQuantised) {
   const ModelOptions options = quantised_model(golden("llama/model"));
   const auto plain = load(options), changed = load(options);

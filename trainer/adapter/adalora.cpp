@@ -124,6 +124,12 @@ class AdaLora : public AdapterMethod {
     return w_OI + at::mm(tensors.at(".lora_B"), tensors.at(".lora_E") * tensors.at(".lora_A")) * scale();
   }
 
+  std::optional<PlainFactors> plain_factors(const std::string&, const ModuleTensors& tensors) const override {
+    const at::Tensor e_R1 = tensors.at(".lora_E"), alive = e_R1.view({-1}).nonzero().view({-1});
+    return PlainFactors{tensors.at(".lora_B").index_select(1, alive) * scale(),
+                        (e_R1 * tensors.at(".lora_A")).index_select(0, alive)};
+  }
+
   /// Ranks with e = 0 contribute nothing: PEFT's files leave them out and say so in rank_pattern (methods 7.5).
   void to_peft(AdapterFile& file) const override {
     if (pruned()) return;

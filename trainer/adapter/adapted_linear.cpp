@@ -50,6 +50,13 @@ void AdaptedLinear::merge(const at::Tensor& w_OI) {
   is_merged_ = true;
 }
 
+at::Tensor AdaptedLinear::stored_form(const at::Tensor& full_OI) const {
+  StoredWeight stored = base_.stored;
+  stored.read = [cpu = full_OI.to(at::kCPU, at::kFloat)](const Shard& shard) { return take_shard(cpu, shard); };
+  stored.read_nf4 = [] { return std::nullopt; };
+  return make_frozen_weight(base_.format, stored, {})->dense_OI().to(full_OI.options().dtype(at::kFloat));
+}
+
 void AdaptedLinear::train_base(ParameterStore& store) {
   ParameterSpec weight;
   weight.name = site_.name + ".weight";

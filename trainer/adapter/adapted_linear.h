@@ -33,6 +33,8 @@ class AdaptedLinear {
   /// rests.
   void merge(const at::Tensor& w_OI);
   bool is_merged() const { return is_merged_; }
+  /// What the frozen weight would show of the whole `full_OI`: quantised and back. float32.
+  at::Tensor stored_form(const at::Tensor& full_OI) const;
   /// Of the full linear: weight and bias.
   int64_t num_base_parameters() const { return site_.in * site_.out + (bias_O_.defined() ? site_.out : 0); }
   /// Returns the one before; null: none.

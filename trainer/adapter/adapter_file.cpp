@@ -52,17 +52,27 @@ AdaLoraConfig merge_adalora(const AdaLoraConfig& run, const std::vector<std::str
   return merged;
 }
 
+void refuse_pickles(const std::string& folder) {
+  namespace fs = std::filesystem;
+  if (fs::exists(folder + "/adapter_model.safetensors") || !fs::exists(folder + "/adapter_model.bin")) return;
+  throw InputError(fmt::format(
+      "{}: holds adapter_model.bin only, a pickle, which can run programs when it is read. Load it with PEFT where you "
+      "trust it and save it again with save_pretrained, which writes adapter_model.safetensors.",
+      folder));
+}
+
 AdapterFile read_peft_folder(const std::string& folder) {
+  refuse_pickles(folder);
   AdapterFile adapter;
   const std::string config_path = folder + "/adapter_config.json";
   const std::string text = read_file(config_path, kMaxConfigBytes);
-  adapter.config = parse_peft_config(text, config_path);
-  adapter.base_model = json::parse(text).value("base_model_name_or_path", json()).is_string()
-                           ? json::parse(text)["base_model_name_or_path"].get<std::string>()
-                           : "";
   const SafetensorsFile file(folder + "/adapter_model.safetensors");
   for (const auto& entry : file.tensors())
     adapter.tensors.emplace_back(canonical_name(entry.first), file.read(entry.first));
+  adapter.config = parse_peft_config(text, config_path, adapted_modules(adapter));
+  adapter.base_model = json::parse(text).value("base_model_name_or_path", json()).is_string()
+                           ? json::parse(text)["base_model_name_or_path"].get<std::string>()
+                           : "";
   make_method(adapter.config)->from_peft(adapter);
   return adapter;
 }
@@ -77,7 +87,7 @@ AdapterFile read_h5(const std::string& path) {
                      ": holds the weights of a full fine-tuning, not an adapter. Use the run's model folder instead.");
   }
   AdapterFile adapter;
-  adapter.config = parse_peft_config(file.attribute_string("adapter_config"), path);
+  adapter.config = parse_peft_config(file.attribute_string("adapter_config"), path, {});
   adapter.base_model = file.attribute_string("base_model");
   for (const std::string& name : file.names())
     adapter.tensors.emplace_back(name.substr(name.find_first_not_of('/')), file.read(name));
@@ -188,6 +198,15 @@ std::vector<std::string> adapted_modules(const AdapterFile& adapter) {
     if (seen.insert(module).second) modules.push_back(module);
   }
   return modules;
+}
+
+ModuleTensors module_tensors(const AdapterFile& adapter, const std::string& module, at::ScalarType dtype) {
+  const std::string start = kPrefix + module;
+  ModuleTensors tensors;
+  for (const auto& [name, tensor] : adapter.tensors) {
+    if (name.starts_with(start + ".lora_")) tensors.emplace(name.substr(start.size()), tensor.to(dtype));
+  }
+  return tensors;
 }
 
 void write_peft_folder(const std::string& folder, AdapterFile adapter) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "trainer/adapter/config.h"
+#include "trainer/adapter/methods.h"
 #include "trainer/adapter/peft_config.h"
 #include "trainer/parameters.h"
 
@@ -38,6 +39,9 @@ void load_tensors(const AdapterFile& adapter, ParameterStore& store);
 
 /// Modules that the tensor names belong to, in order of appearance.
 std::vector<std::string> adapted_modules(const AdapterFile& adapter);
+
+/// The tensors of one of them, in `dtype`.
+ModuleTensors module_tensors(const AdapterFile& adapter, const std::string& module, at::ScalarType dtype);
 
 /// The config of a run that starts from `file`: keys that the run file leaves out come from the file; keys in both must
 /// mean the same, else ConfigError naming both. `written` holds the keys of the run's adapter section.

@@ -71,8 +71,7 @@ AdaLoraConfig read_adalora(const Section& section) {
   return c;
 }
 
-// More than any linear has features worth a rank, and small enough that no size computed from it overflows.
-constexpr int64_t kMaxRank = 16384;
+constexpr int64_t kMaxIterations = 1000;
 constexpr double kMaxNumber = 1e30;  // float32 holds it, and products with learning rates
 
 using Fail = std::function<void(const std::string& key, const std::string& message)>;
@@ -118,11 +117,6 @@ void check_expressions(const AdapterConfig& c, const Fail& fail) {
   for (const auto& entry : c.alpha_pattern) check_expression(entry.first, "alpha_pattern", fail);
 }
 
-bool is_all_linear(std::string text) {
-  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
-  return text == "all-linear";
-}
-
 /// PEFT would adapt the head and the embedding too, and refuse norms; here only the blocks' linears take an adapter.
 void require_only_linears(const AdapterConfig& config) {
   if (config.all_linear) return;
@@ -159,6 +153,11 @@ ModulePattern read_pattern(const Section& section, const std::string& key) {
 
 }  // namespace
 
+bool is_all_linear(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
+  return text == "all-linear";
+}
+
 bool AdapterKey::of(const std::string& method) const {
   return methods.empty() || std::count(methods.begin(), methods.end(), method) > 0;
 }
@@ -184,6 +183,7 @@ const std::vector<AdapterKey>& adapter_keys() {
        [](C c) { return c.modules_to_save.empty() ? std::string() : yaml::list(c.modules_to_save); }},
       {"mora_type", {"mora"}, false, [](C c) { return plain(c.mora_type); }},
       {"pissa_niter", {"pissa"}, false, [](C c) { return c.pissa_niter ? plain(*c.pissa_niter) : std::string(); }},
+      {"pissa_iterations", {"pissa"}, false, [](C c) { return plain(c.pissa_iterations); }},
       {"init_r", adalora, false, [](C c) { return plain(c.adalora.init_r); }},
       {"target_r", adalora, false, [](C c) { return plain(c.adalora.target_r); }},
       {"tinit", adalora, false, [](C c) { return plain(c.adalora.tinit); }},
@@ -248,6 +248,7 @@ AdapterConfig read_adapter_config(const Section& section) {
   c.adalora = read_adalora(section);
   c.mora_type = section.get<int64_t>("mora_type", c.mora_type);
   c.pissa_niter = section.get_optional<int64_t>("pissa_niter");
+  c.pissa_iterations = section.get<int64_t>("pissa_iterations", c.pissa_iterations);
   c.loraplus_lr_ratio = section.get<double>("loraplus_lr_ratio", c.loraplus_lr_ratio);
   c.modules_to_save = section.get<std::vector<std::string>>("modules_to_save", {});
   c.path = section.get<std::string>("path", "");
@@ -262,6 +263,8 @@ void check(const AdapterConfig& c, const Fail& fail) {
   require(is_scale(c.lora_alpha), "lora_alpha", c.lora_alpha, kScale.c_str());
   require(c.lora_dropout >= 0 && c.lora_dropout < 1, "lora_dropout", c.lora_dropout, "in [0, 1)");
   require(!c.pissa_niter || *c.pissa_niter >= 0, "pissa_niter", c.pissa_niter.value_or(0), "a number of iterations");
+  require(c.pissa_iterations >= 1 && c.pissa_iterations <= kMaxIterations, "pissa_iterations", c.pissa_iterations,
+          "a number of rounds in [1, 1000]");
   require(is_scale(c.loraplus_lr_ratio), "loraplus_lr_ratio", c.loraplus_lr_ratio, kScale.c_str());
   for (const auto& [key, rank] : c.rank_pattern) {
     if (!is_rank(rank)) fail("rank_pattern", fmt::format("{}: {} is not {}", key, rank, kRank));

@@ -11,6 +11,9 @@
 
 namespace corank {
 
+/// More than any linear has features worth a rank, and small enough that no size computed from it overflows.
+constexpr int64_t kMaxRank = 16384;
+
 /// Which modules an adapter sits on, by PEFT's rules (methods 3.3): a list matches names that equal an entry or end
 /// with
 /// "." + entry; a pattern is a regular expression that must match the whole name; "all-linear" is every linear but the
@@ -21,6 +24,9 @@ struct ModulePattern {
   bool matches(const std::string& module) const;
   bool empty() const { return names.empty() && expression.empty(); }
 };
+
+/// "all-linear" in any case.
+bool is_all_linear(std::string text);
 
 /// AdaLoRA's own keys, under PEFT's names. Steps are optimizer steps.
 struct AdaLoraConfig {
@@ -51,6 +57,7 @@ struct AdapterConfig {
   AdaLoraConfig adalora;
   int64_t mora_type = 1;
   std::optional<int64_t> pissa_niter;        ///< subspace iterations of a randomised decomposition; none: exact
+  int64_t pissa_iterations = 1;              ///< rounds of decomposing what quantising the residual leaves (QPiSSA)
   double loraplus_lr_ratio = 1;              ///< LoRA+ (arXiv 2402.12354): learning rate of B over that of A
   std::vector<std::string> modules_to_save;  ///< embedding, head, last norm: trained in full beside the adapter
   bool fan_in_fan_out = false;               ///< of the model's files, for PEFT; no key of the run file

@@ -21,8 +21,12 @@ class Lora : public AdapterMethod {
     return lora_gradient_sizes(linear, config_.rank_of(linear.name), tensor);
   }
   std::string beyond_plain_lora() const override {
+    if (!config_.modules_to_save.empty()) return "modules_to_save train in full";
     if (!config_.rank_pattern.empty() || !config_.alpha_pattern.empty()) return "ranks or alphas differ by module";
-    return config_.modules_to_save.empty() ? "" : "modules_to_save train in full";
+    return config_.use_rslora ? "alpha is divided by the root of the rank (use_rslora)" : "";
+  }
+  std::optional<PlainFactors> plain_factors(const std::string& module, const ModuleTensors& tensors) const override {
+    return PlainFactors{tensors.at(".lora_B.weight") * config_.scaling_of(module), tensors.at(".lora_A.weight")};
   }
   at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     return w_OI + at::mm(tensors.at(".lora_B.weight"), tensors.at(".lora_A.weight")) * config_.scaling_of(module);

@@ -1,6 +1,7 @@
 #pragma once
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,11 @@ struct GradientSizes {
 
 /// The tensors of one module by the end of their PEFT name (".lora_A.weight"), full, float32 or float64.
 using ModuleTensors = std::map<std::string, at::Tensor>;
+
+/// The update of one linear as plain LoRA has it, with every scaling inside: the product b a.
+struct PlainFactors {
+  at::Tensor b_OR, a_RI;
+};
 
 /// Ends of PEFT names with full shapes; -1 where any size will do.
 using ModuleParts = std::vector<std::pair<std::string, std::vector<int64_t>>>;
@@ -82,6 +88,12 @@ class AdapterMethod {
   virtual void from_checkpoint(AdapterFile& /*file*/) const {}
   /// Why consumers that know one A and B of one rank and alpha a module cannot take it; empty: they can.
   virtual std::string beyond_plain_lora() const;
+  /// Factors whose product is the update of `module` exactly; perhaps of rank 0. None where the update has a higher
+  /// rank than any factors worth having: merged() less the weight is then to be decomposed.
+  virtual std::optional<PlainFactors> plain_factors(const std::string& /*module*/,
+                                                    const ModuleTensors& /*tensors*/) const {
+    return std::nullopt;
+  }
   /// Who loads the folder that to_peft makes, one sentence.
   virtual std::string consumers() const;
   /// The weight of which the adapted linear is the product: the plain formula, on full tensors in one dtype. With the

@@ -41,7 +41,7 @@ class Pissa : public AdapterMethod {
     Communicator& world = mesh.world();
     std::vector<Factors> own(linears_.size());
     for (size_t i = 0; i < linears_.size(); ++i) {
-      if (owner(i, world) == world.rank()) own[i] = decompose(*linears_[i]);
+      if (owner(i, world) == world.rank()) own[i] = first_factors(*linears_[i]);
     }
     for (size_t i = 0; i < linears_.size(); ++i) {
       const LinearSite& site = linears_[i]->site();
@@ -128,15 +128,26 @@ class Pissa : public AdapterMethod {
                                   site.name, std::min(site.in, site.out), rank));
   }
 
-  /// A0 = sqrt(S / s) V^T, B0 = U sqrt(S / s).
-  Factors decompose(const AdaptedLinear& linear) const {
-    const at::Tensor w_OI = linear.read_base().to(store_->masters().scalar_type());
-    const int64_t rank = config_.rank_of(linear.name());
-    const ops::SingularPart part = config_.pissa_niter ? ops::randomised_svd(w_OI, rank, *config_.pissa_niter,
-                                                                             ops::key_of(seed_, "pissa", linear.name()))
-                                                       : ops::leading_svd(w_OI, rank);
-    const at::Tensor root_R = (part.s_R / config_.scaling_of(linear.name())).sqrt_();
+  /// A0 = sqrt(S / s) V^T, B0 = U sqrt(S / s) of the leading part of `target_OI`.
+  Factors decompose(const std::string& module, const at::Tensor& target_OI) const {
+    const int64_t rank = config_.rank_of(module);
+    const ops::SingularPart part = config_.pissa_niter ? ops::randomised_svd(target_OI, rank, *config_.pissa_niter,
+                                                                             ops::key_of(seed_, "pissa", module))
+                                                       : ops::leading_svd(target_OI, rank);
+    const at::Tensor root_R = (part.s_R / config_.scaling_of(module)).sqrt_();
     return {(part.v_IR * root_R).t().contiguous(), (part.u_OR * root_R).contiguous()};
+  }
+
+  /// QPiSSA (methods 8.6): each round decomposes what the quantised residual of the round before does not hold.
+  Factors first_factors(const AdaptedLinear& linear) const {
+    const auto dtype = store_->masters().scalar_type();
+    const at::Tensor w_OI = linear.read_base().to(dtype);
+    Factors factors = decompose(linear.name(), w_OI);
+    for (int64_t round = 1; round < config_.pissa_iterations; ++round) {
+      const at::Tensor residual = w_OI - at::mm(factors.b_OR, factors.a_RI) * config_.scaling_of(linear.name());
+      factors = decompose(linear.name(), w_OI - linear.stored_form(residual).to(dtype));
+    }
+    return factors;
   }
 
   ParameterStore* store_ = nullptr;

@@ -1,6 +1,8 @@
 #include "trainer/model/families.h"
 
+#include "comm/backends.h"
 #include "data/file.h"
+#include "data/strict_json.h"
 #include "trainer/model/bitsandbytes.h"
 #include "trainer/model/config_file.h"
 #include "trainer/model/decoder.h"
@@ -147,6 +149,35 @@ std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp)
 std::unique_ptr<Model> outline_model(ModelOptions options, Communicator& tp) {
   options.device = at::kMeta;
   return load_model(options, tp);
+}
+
+LinearReader::LinearReader(const std::string& folder) : folder_(folder) {
+  ModelOptions options;
+  options.path = folder;
+  options.max_positions = 1;
+  const std::string config_json = model_config_json(options), origin = origin_of(options);
+  if (says_bitsandbytes_nf4(config_json, origin)) {
+    options.quantization = "nf4";
+    options.double_quant =
+        parse_json(config_json, origin)["quantization_config"].value("bnb_4bit_use_double_quant", false);
+  }
+  Ledger ledger;
+  outline_ = outline_model(options, *make_solo_communicator(at::kCPU, ledger));
+  source_ = weights_of(options, read_config(config_json, origin).names);
+}
+
+at::Tensor LinearReader::read(const std::string& module) {
+  for (const AdaptedLinear* linear : outline_->linears()) {
+    const LinearSite& site = linear->site();
+    if (site.name != module) continue;
+    const std::string name = module + ".weight";
+    if (const auto quantised = source_->read_nf4(name, {site.out, site.in})) {
+      return ops::nf4_dequantise(*quantised, at::kFloat);
+    }
+    if (!site.fan_in_fan_out) return source_->read(name, {site.out, site.in}, {}).to(at::kFloat);
+    return source_->read(name, {site.in, site.out}, {}).t().to(at::kFloat);
+  }
+  throw InputError(fmt::format("{}: the model has no linear {}. The adapter is of another model.", folder_, module));
 }
 
 }  // namespace corank

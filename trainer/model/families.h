@@ -41,4 +41,21 @@ std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp)
 /// The model without its numbers (tensors of the meta device): the same checks of names and shapes, from headers alone.
 std::unique_ptr<Model> outline_model(ModelOptions options, Communicator& tp);
 
+/// The blocks' linears of a Hugging Face folder, read one at a time, for programs that need no forward pass.
+class LinearReader {
+ public:
+  /// Reads headers only. Refuses what load_model refuses.
+  explicit LinearReader(const std::string& folder);
+  /// The model without its numbers.
+  Model& outline() { return *outline_; }
+  /// Weight [out, in] of the linear, float32 on the CPU; nf4 dequantised. InputError if the model has none of this
+  /// name.
+  at::Tensor read(const std::string& module);
+
+ private:
+  std::string folder_;
+  std::unique_ptr<Model> outline_;
+  std::unique_ptr<WeightSource> source_;
+};
+
 }  // namespace corank

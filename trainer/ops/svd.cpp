@@ -1,5 +1,7 @@
 #include "trainer/ops/svd.h"
 
+#include <algorithm>
+
 #include "trainer/ops/random.h"
 
 namespace corank::ops {
@@ -26,6 +28,13 @@ SingularPart randomised_svd(const at::Tensor& w_OI, int64_t rank, int64_t iterat
   for (int64_t i = 0; i < iterations; ++i) q_OR = orthonormal(at::mm(w_OI, orthonormal(at::mm(w_OI.t(), q_OR))));
   const auto [u, s, vt] = at::linalg_svd(at::mm(q_OR.t(), w_OI), /*full_matrices=*/false);
   return {at::mm(q_OR, u), s, vt.t()};
+}
+
+SingularPart product_svd(const at::Tensor& b_OR, const at::Tensor& a_RI, int64_t rank) {
+  const auto [left_OQ, b_QR] = at::linalg_qr(b_OR.to(at::kDouble));
+  const auto [right_IP, a_PR] = at::linalg_qr(a_RI.to(at::kDouble).t());
+  const SingularPart inner = leading_svd(at::mm(b_QR, a_PR.t()), std::min({rank, b_QR.size(0), a_PR.size(0)}));
+  return {at::mm(left_OQ, inner.u_OR), inner.s_R, at::mm(right_IP, inner.v_IR)};
 }
 
 }  // namespace corank::ops

@@ -19,4 +19,8 @@ SingularPart leading_svd(const at::Tensor& w_OI, int64_t rank);
 /// and 5.1; methods 8.2); `key` draws its start.
 SingularPart randomised_svd(const at::Tensor& w_OI, int64_t rank, int64_t iterations, uint64_t key);
 
+/// leading_svd of b a, float64, from the factors alone: nothing of size [O, I] is formed. At most as many
+/// singular values as there can be.
+SingularPart product_svd(const at::Tensor& b_OR, const at::Tensor& a_RI, int64_t rank);
+
 }  // namespace corank::ops

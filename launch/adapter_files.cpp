@@ -1,0 +1,49 @@
+#include "launch/adapter_files.h"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+
+#include "configs/error.h"
+#include "trainer/adapter/start.h"
+#include "trainer/checkpoint.h"
+#include "trainer/model/families.h"
+
+namespace corank {
+
+namespace fs = std::filesystem;
+
+AdapterFile read_checked(const std::string& path) {
+  std::string why;
+  if (fs::exists(fs::path(path) / "manifest.json") && !verify_checkpoint(path, why)) {
+    throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));
+  }
+  AdapterFile adapter = read_adapter(path);
+  check_adapter(adapter, path);
+  return adapter;
+}
+
+void refuse_own_input(const std::string& input, const std::string& output) {
+  if (fs::exists(output) && fs::exists(input) && fs::equivalent(input, output)) {
+    throw ConfigError(fmt::format("--out: {} is the input itself.", output));
+  }
+  if (fs::exists(fs::path(output) / "manifest.json")) {
+    throw ConfigError(fmt::format("--out: {} is a checkpoint; choose another folder.", output));
+  }
+}
+
+void refuse_foreign_folder(const std::string& folder) {
+  if (!fs::is_directory(folder) || fs::is_empty(folder) || fs::exists(fs::path(folder) / "adapter_config.json")) return;
+  throw ConfigError(fmt::format(
+      "--out: {} holds other files and no earlier adapter (adapter_config.json). Choose a new folder.", folder));
+}
+
+BaseWeights base_weights(const std::string& folder, const AdapterFile& adapter) {
+  const auto reader = std::make_shared<LinearReader>(folder);
+  ParameterStore store;
+  register_parameters(*make_method(adapter.config), reader->outline(), store, 0);
+  check_fits(adapter, store);
+  return [reader](const std::string& module) { return reader->read(module); };
+}
+
+}  // namespace corank

@@ -1,0 +1,21 @@
+#pragma once
+#include <string>
+
+#include "trainer/adapter/adapter_file.h"
+#include "trainer/adapter/plain_lora.h"
+
+/// What the commands that turn adapter files into adapter files share.
+namespace corank {
+
+/// The adapter at `path`, complete and finite: InputError naming what is not; of a checkpoint the hashes too.
+AdapterFile read_checked(const std::string& path);
+
+/// ConfigError where `output` is `input` itself or a checkpoint.
+void refuse_own_input(const std::string& input, const std::string& output);
+/// ConfigError where `folder` holds something else than an earlier adapter: nothing is mixed with it.
+void refuse_foreign_folder(const std::string& folder);
+
+/// The weights of model folder `folder`, after a check that `adapter` fits it.
+BaseWeights base_weights(const std::string& folder, const AdapterFile& adapter);
+
+}  // namespace corank
