@@ -9,6 +9,8 @@ import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+from count_tests import MethodCounts
+
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = os.environ["CORANK_PRESET"]
 BUILD = ROOT / "build" / PRESET
@@ -49,7 +51,7 @@ def format_check():
     return len(sources()) - len(bad), len(bad)
 
 
-def ctest():
+def ctest(by_method):
     """Every GoogleTest case counts once a number of ranks; a test that left no report counts as one."""
     reports = BUILD / "test-reports"
     for old in reports.glob("*.xml"):
@@ -63,7 +65,9 @@ def ctest():
         report = next((p for p in (reports / f"{name}.xml", reports / f"{name}-1.xml") if p.exists()), None)
         cases = bad = 0
         if report:
-            suite = xml.parse(report).getroot()
+            text = report.read_text()
+            by_method.add(re.sub(r"-\d+$", "", name), text)
+            suite = xml.fromstring(text)
             cases, bad = int(suite.get("tests")), int(suite.get("failures")) + int(suite.get("errors"))
         if verdict != "Passed":
             bad = max(bad, 1)
@@ -98,16 +102,17 @@ def cuda_build():
 
 
 def main():
-    count = Count()
+    count, by_method = Count(), MethodCounts()
     for part, work in (
         ("format", format_check),
-        ("C++", ctest),
+        ("C++", lambda: ctest(by_method)),
         ("commands", lambda: python_tests("tests/cli_test.py")),
         ("Python tools", lambda: python_tests("tests/data_tools_test.py")),
         ("CUDA build", cuda_build),
     ):
         start = time.monotonic()
         count.add(part, *work(), time.monotonic() - start)
+    print("GoogleTest cases by method:", *by_method.lines(), sep="\n")
     print(f"{count.passed} passed, {count.failed} failed")
     sys.exit(1 if count.failed or not count.passed else 0)
 

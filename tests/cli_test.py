@@ -586,6 +586,15 @@ class Runs(Case):
         self.succeed(corank("train", self.folder / "nf4 model.double_quant=false-1/run.yaml", f"output_dir={again}"))
         self.assertEqual(losses(again)[0], first["nf4 model.double_quant=false"])
 
+    def test_eight_tensor_parallel_ranks(self):
+        for method in ("lora", "dora", "adalora"):
+            one, eight = self.folder / f"{method}-1", self.folder / f"{method}-8"
+            settings = ("model.shape=tiny-gpt2", f"adapter.method={method}", "train.max_steps=3")
+            self.succeed(self.train(*settings, out=one))
+            self.succeed(self.train(*settings, "parallel.tensor=8", ranks=8, out=eight))
+            for a, b in zip(losses(one), losses(eight), strict=True):
+                self.assertAlmostEqual(a / b, 1, delta=1e-5)
+
     def newest_checkpoint(self):
         return max((int(p.name.split("-")[1]) for p in self.out.glob("checkpoint-*")), default=0)
 

@@ -15,8 +15,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
+sys.path[:0] = [str(ROOT / "data"), str(ROOT / "launch")]
 
+from count_tests import MethodCounts, column_of, method_of
 from environment import require
 
 require("numpy", "h5py", "jinja2", "gguf", "tokenizers", "safetensors", "yaml")
@@ -648,6 +649,41 @@ class EnvironmentTest(Scratch):
         python.write_text('#!/bin/sh\necho "prepared $2"\n')
         python.chmod(0o700)
         self.assertEqual(self.run_script(0)[0], "prepared a b\n")
+
+
+class CountTest(unittest.TestCase):
+    def test_the_method_of_a_case(self):
+        for suite, case, method in (("Cases/LoraGolden", "LogitsMatch/dora", "dora"),
+                                    ("Cases/LoraGolden", "LogitsMatch/llama", "lora"),
+                                    ("AdaLoraGolden", "RegularisedGradientsMatch", "adalora"),
+                                    ("PissaGolden", "ConversionToPlainLoraMatches", "pissa"),
+                                    ("Conformance/Runs", "FullTensors/rslora_nf4", "rslora"),
+                                    ("Mutants", "MoraPaddingThatDoesNotWrapAround", "mora"),
+                                    ("Settings/Topology", "BytesPredictedEqualBytesCounted/unpacked", "lora"),
+                                    ("Settings/Topology", "BytesPredictedEqualBytesCounted/gpt2_full", "full"),
+                                    ("Formats", "EveryLayoutHasTheWeightOfOneRank", None)):
+            self.assertEqual(method_of(suite, case), method, f"{suite}.{case}")
+
+    def test_the_column_of_a_case(self):
+        for program, suite, case, column in (("golden_test", "Cases/LoraGolden", "LogitsMatch/dora", "parity"),
+                                             ("conformance_mpi_test", "Conformance/Runs", "A/mora_6_nf4", "on nf4"),
+                                             ("conformance_mpi_test", "Conformance/Runs", "A/mora_6", "conformance"),
+                                             ("methods_mpi_test", "Methods/Topology", "A/nf4", "layouts"),
+                                             ("methods_mpi_test", "Methods/Resume", "A/dora", "resume"),
+                                             ("h5_test", "H5", "A", None)):
+            self.assertEqual(column_of(program, suite, case), column, f"{program} {suite}.{case}")
+
+    def test_the_table_adds_up_programs_and_tells_failures(self):
+        report = ('<testsuites><testsuite><testcase name="A/dora" classname="Cases/LoraGolden"/>'
+                  '<testcase name="B/dora" classname="Cases/LoraGolden"><failure/></testcase>'
+                  '<testcase name="C/dora" classname="Cases/LoraGolden"><skipped/></testcase></testsuite></testsuites>')
+        counts = MethodCounts()
+        counts.add("golden_test", report)
+        counts.add("golden_test", report)
+        lines = counts.lines()
+        self.assertEqual(lines[0].split()[:3], ["method", "parity", "conformance"])
+        self.assertIn("2 (2 failed)", next(line for line in lines if line.startswith("dora")))
+        self.assertEqual(set(lines[1].split()), {"lora", "-"})
 
 
 if __name__ == "__main__":

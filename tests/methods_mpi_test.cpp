@@ -36,71 +36,7 @@ const Setting kResumed[] = {
     {.name = "dora_nf4", .method = "dora", .quantization = "nf4"},
 };
 
-/// What a linear makes of inputs is their product with the weight that its method calls merged, in every layout.
-class Merged : public Topology {
- protected:
-  /// Full tensors of `module` by the end of their names.
-  static ModuleTensors tensors_of(const AdapterFile& file, const std::string& module) {
-    const std::string prefix = "base_model.model." + module;
-    ModuleTensors tensors;
-    for (const auto& [name, tensor] : file.tensors) {
-      if (name.starts_with(prefix + ".")) tensors.emplace(name.substr(prefix.size()), tensor);
-    }
-    return tensors;
-  }
-
-  /// y [N, out] of the whole linear; x [N, in].
-  static at::Tensor forward(const AdaptedLinear& linear, const at::Tensor& x, const ForwardContext& context) {
-    const LinearSite& site = linear.site();
-    const bool row = site.row();
-    at::Tensor y = ops::linear(row ? take_shard(x, with_dim(site.in_shard, 1)) : x, {linear.projection(context)})[0];
-    if (!row) return gather_shards(y, with_dim(site.out_shard, 1), {x.size(0), site.out}, context.tp);
-    context.tp.all_reduce(y, ReduceOp::sum, Purpose::startup);
-    return y;
-  }
-
-  /// The whole frozen weight as the run has it.
-  static at::Tensor base_of(const AdaptedLinear& linear, Communicator& tp) {
-    const LinearSite& site = linear.site();
-    const Shard shard = site.row() ? with_dim(site.in_shard, 1) : site.out_shard;
-    return gather_shards(linear.weight().dense_OI(), shard, {site.out, site.in}, tp);
-  }
-
-  static Shard with_dim(Shard shard, int dim) {
-    if (!shard.whole()) shard.dim = dim;
-    return shard;
-  }
-};
-
-TEST_P(Merged, ForwardIsTheProductWithTheMergedWeight) {
-  const Setting setting = GetParam();
-  const at::AutoGradMode no_grad(false);
-  for (const int tensor : {1, 2, 4}) {
-    if (test_world().size() % tensor != 0) continue;
-    TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
-    Loader batches(data_, loader(setting, &run.mesh));
-    {
-      const at::AutoGradMode grad(true);
-      for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, rate(setting));
-    }
-    const AdapterFile file = collect_adapter(run.store, *run.method, {"", adapter(setting), ""}, run.mesh.tp());
-    const Batch batch = make_batch({{}}, 0, 64).to(run.mesh.device());
-    SegmentAttention attention(batch);
-    const ForwardContext context{batch, attention, run.mesh.tp()};
-    for (const AdaptedLinear* linear : run.model->linears()) {
-      const LinearSite& site = linear->site();
-      at::Tensor x = at::arange(5 * site.in, at::TensorOptions(at::kFloat)).sin_().view({5, site.in});
-      const at::Tensor base = setting.method == "pissa" ? linear->read_base() : base_of(*linear, run.mesh.tp());
-      const at::Tensor merged = run.method->merged(site.name, tensors_of(file, site.name), base.to(at::kCPU));
-      const at::Tensor y = forward(*linear, x.to(run.mesh.device()), context);
-      EXPECT_LT(relative_error(y, at::mm(x, merged.t())), 1e-5) << site.name << " tp " << tensor;
-      // The test of the test: the update is large enough to be seen.
-      EXPECT_GT(relative_error(merged, base), 1e-4) << site.name;
-    }
-  }
-}
-
-class MergedInMemory : public Merged {};
+class MergedInMemory : public Topology {};
 
 /// Merged in memory, the model gives the same and no adapter takes part; unmerged, it is what it was, bit for bit.
 TEST_P(MergedInMemory, IsTheAdapterAndGoesBackToTheBit) {
@@ -163,7 +99,6 @@ const Setting kMergedInMemory[] = {
 
 INSTANTIATE_TEST_SUITE_P(Methods, MergedInMemory, testing::ValuesIn(kMerged), case_name);
 INSTANTIATE_TEST_SUITE_P(More, MergedInMemory, testing::ValuesIn(kMergedInMemory), case_name);
-INSTANTIATE_TEST_SUITE_P(Methods, Merged, testing::ValuesIn(kMerged), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Topology, testing::ValuesIn(kMethods), case_name);
 INSTANTIATE_TEST_SUITE_P(Methods, Resume, testing::ValuesIn(kResumed), case_name);
 

@@ -482,6 +482,7 @@ TEST(DropoutTest, KeepsTheRightShareAndScalesIt) {
   const auto kept = y.ne(0).sum().item<double>();
   EXPECT_NEAR(kept, 0.9 * rows * width, 4 * std::sqrt(0.09 * rows * width));
   EXPECT_NEAR(y.max().item<double>(), 1 / 0.9, 1e-6);
+  EXPECT_NEAR(y.mean().item<double>(), 1, 4 * std::sqrt(0.1 / 0.9 / (rows * width)));
 }
 
 TEST(DropoutTest, DependsOnTokenAndFeatureNotOnWhereTheyStand) {

@@ -10,7 +10,6 @@
 #endif
 
 namespace corank::test {
-namespace {
 
 std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger) {
 #ifdef CORANK_GPU_TEST
@@ -20,8 +19,6 @@ std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger) {
   return world ? make_communicator("mpi", *world, ledger) : make_solo_communicator(at::kCPU, ledger);
 #endif
 }
-
-}  // namespace
 
 double relative_error(const at::Tensor& a, const at::Tensor& b) {
   const at::Tensor x = a.to(at::kCPU, at::kDouble), y = b.to(at::kCPU, at::kDouble);

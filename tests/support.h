@@ -21,6 +21,9 @@ namespace corank::test {
 /// ||a - b|| / ||b|| in float64; 0 if both are zero.
 double relative_error(const at::Tensor& a, const at::Tensor& b);
 
+/// The ranks of `world` (null: this process alone) as this build's tests have them: MPI, or NCCL in those of GPUs.
+std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger);
+
 /// Everything between a model and a step, over the ranks of `world` (null: this process alone).
 struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
