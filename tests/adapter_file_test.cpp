@@ -35,7 +35,7 @@ BaseWeights llama_weights() {
 /// What the adapter adds to the weight of `module`.
 at::Tensor update(const AdapterFile& file, const std::string& module) {
   const at::Tensor w_OI = llama_weights()(module).to(at::kDouble);
-  return make_method(file.config)->merged(module, module_tensors(file, module, at::kDouble), w_OI) - w_OI;
+  return make_method(file.config)->merged(module, module_tensors(file.tensors, module, at::kDouble), w_OI) - w_OI;
 }
 
 template <class Error>

@@ -166,7 +166,7 @@ TEST_P(MergeBFloat16, IsRoundedOnceAndOneStepFromPeftAtMost) {
     const std::string module = name.substr(0, name.rfind('.'));
     const bool transposed = GetParam().name == "gpt2";
     const at::Tensor w = exact.read(name).to(at::kFloat), w_OI = transposed ? w.t() : w;
-    const at::Tensor sum = method->merged(module, tensors_of(file.tensors, module, at::kFloat), w_OI);
+    const at::Tensor sum = method->merged(module, module_tensors(file.tensors, module, at::kFloat), w_OI);
     EXPECT_TRUE(at::equal(found, (transposed ? sum.t() : sum).to(at::kBFloat16))) << name;
     // The test of the test: an update that is rounded before it is added gives other bits.
     const at::Tensor twice = w_OI + (sum - w_OI).to(at::kBFloat16).to(at::kFloat);

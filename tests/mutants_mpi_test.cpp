@@ -198,7 +198,14 @@ class ZeroPadded : public ops::Update {
   ZeroPadded(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping)
       : padding_(-site.in % m_RR.value.size(0) + m_RR.value.size(0)),
         zeros_(at::zeros({site.out, site.in + padding_}, m_RR.value.options())),
-        mora_({m_RR, grouping, grouping, {site.in + padding_, 0, site.in + padding_}, {site.out, 0, site.out}, {}}) {}
+        mora_({m_RR,
+               grouping,
+               grouping,
+               {site.in + padding_, 0, site.in + padding_},
+               {site.out, 0, site.out},
+               {},
+               ops::rotation_of(m_RR.value.size(0), site.in + padding_, site.out,
+                                m_RR.value.options().requires_grad(false))}) {}
   std::vector<at::Tensor> leaves() const override { return mora_.leaves(); }
   at::Tensor forward(const at::Tensor& x_NI, const ops::Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override {

@@ -124,7 +124,7 @@ class MergedModel {
   at::Tensor weight(const std::string& name, const LinearSite& site, bool is_adapted, at::ScalarType dtype) {
     const at::TensorOptions exact = dtype == at::kDouble ? at::kDouble : at::kFloat;
     at::Tensor w_OI = base(name, site).to(exact);
-    if (is_adapted) w_OI = method_->merged(site.name, tensors_of(adapter_.tensors, site.name, exact), w_OI);
+    if (is_adapted) w_OI = method_->merged(site.name, module_tensors(adapter_.tensors, site.name, exact), w_OI);
     return (site.fan_in_fan_out ? w_OI.t() : w_OI).to(dtype);
   }
 

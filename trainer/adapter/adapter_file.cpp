@@ -200,13 +200,13 @@ std::vector<std::string> adapted_modules(const AdapterFile& adapter) {
   return modules;
 }
 
-ModuleTensors module_tensors(const AdapterFile& adapter, const std::string& module, at::ScalarType dtype) {
+ModuleTensors module_tensors(const NamedTensors& tensors, const std::string& module, const at::TensorOptions& options) {
   const std::string start = kPrefix + module;
-  ModuleTensors tensors;
-  for (const auto& [name, tensor] : adapter.tensors) {
-    if (name.starts_with(start + ".lora_")) tensors.emplace(name.substr(start.size()), tensor.to(dtype));
+  ModuleTensors found;
+  for (const auto& [name, tensor] : tensors) {
+    if (name.starts_with(start + ".")) found.emplace(name.substr(start.size()), tensor.to(options));
   }
-  return tensors;
+  return found;
 }
 
 void write_peft_folder(const std::string& folder, AdapterFile adapter) {

@@ -12,11 +12,13 @@
 
 namespace corank {
 
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
 /// An adapter outside a run: its configuration and full tensors under PEFT's names.
 struct AdapterFile {
   AdapterConfig config;
   std::string base_model;  ///< base_model_name_or_path, information only
-  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  NamedTensors tensors;
 };
 
 /// A PEFT folder, a corank checkpoint folder, or an adapter.h5 file.
@@ -40,8 +42,8 @@ void load_tensors(const AdapterFile& adapter, ParameterStore& store);
 /// Modules that the tensor names belong to, in order of appearance.
 std::vector<std::string> adapted_modules(const AdapterFile& adapter);
 
-/// The tensors of one of them, in `dtype`.
-ModuleTensors module_tensors(const AdapterFile& adapter, const std::string& module, at::ScalarType dtype);
+/// Those of `module` by the ends of their names, as `options` say.
+ModuleTensors module_tensors(const NamedTensors& tensors, const std::string& module, const at::TensorOptions& options);
 
 /// The config of a run that starts from `file`: keys that the run file leaves out come from the file; keys in both must
 /// mean the same, else ConfigError naming both. `written` holds the keys of the run's adapter section.

@@ -102,7 +102,7 @@ int64_t rank_of(const AdapterFile& file) {
 }
 
 void add_part(Parts& parts, const WeightedAdapter& adapter) {
-  const ModuleTensors tensors = module_tensors(adapter.file, parts.module, at::kDouble);
+  const ModuleTensors tensors = module_tensors(adapter.file.tensors, parts.module, at::kDouble);
   Part part{&adapter.origin, adapter.weight * adapter.file.config.scaling_of(parts.module),
             tensors.at(".lora_A.weight"), tensors.at(".lora_B.weight")};
   if (!parts.list.empty()) {

@@ -3,11 +3,6 @@
 
 namespace corank {
 
-using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
-
-/// Those of `module` among an adapter's full tensors, by the ends of their names, as `options` say.
-ModuleTensors tensors_of(const NamedTensors& tensors, const std::string& module, const at::TensorOptions& options);
-
 /// Collective over tp. Every adapted linear becomes the product with its merged weight, dense in the compute dtype and
 /// rounded once: forward costs what the base costs, and quantised weights take the memory of dense ones. `store` holds
 /// the method's parameters. Nothing can train until unmerge_adapter.

@@ -128,7 +128,7 @@ PlainLora to_plain_lora(const AdapterFile& adapter, const PlainLoraOptions& opti
   Modules modules;
   int64_t rank = 0;
   for (const std::string& module : adapted_modules(adapter)) {
-    const ModuleTensors tensors = module_tensors(adapter, module, at::kDouble);
+    const ModuleTensors tensors = module_tensors(adapter.tensors, module, at::kDouble);
     std::optional<PlainFactors> factors = method->plain_factors(module, tensors);
     if (!factors) factors = decomposition.cut(module, update_of(*method, module, tensors, options.base));
     rank = std::max(rank, factors->a_RI.size(0));
