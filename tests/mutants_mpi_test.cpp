@@ -198,14 +198,7 @@ class ZeroPadded : public ops::Update {
   ZeroPadded(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping)
       : padding_(-site.in % m_RR.value.size(0) + m_RR.value.size(0)),
         zeros_(at::zeros({site.out, site.in + padding_}, m_RR.value.options())),
-        mora_({m_RR,
-               grouping,
-               grouping,
-               {site.in + padding_, 0, site.in + padding_},
-               {site.out, 0, site.out},
-               {},
-               ops::rotation_of(m_RR.value.size(0), site.in + padding_, site.out,
-                                m_RR.value.options().requires_grad(false))}) {}
+        mora_(padded_mora(site, m_RR, grouping, site.in + padding_)) {}
   std::vector<at::Tensor> leaves() const override { return mora_.leaves(); }
   at::Tensor forward(const at::Tensor& x_NI, const ops::Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override {
@@ -218,6 +211,16 @@ class ZeroPadded : public ops::Update {
   }
 
  private:
+  static ops::Mora padded_mora(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping, int64_t in) {
+    ops::Mora mora;
+    mora.m_RR = m_RR;
+    mora.compress = mora.decompress = grouping;
+    mora.in = {in, 0, in};
+    mora.out = {site.out, 0, site.out};
+    mora.rotation = ops::rotation_of(mora.side(), in, site.out, m_RR.value.options().requires_grad(false));
+    return mora;
+  }
+
   struct Zeros : ops::Matrix {
     explicit Zeros(at::Tensor all) : all_OI(std::move(all)) {}
     at::Tensor dense_OI() const override { return all_OI; }
