@@ -21,5 +21,8 @@ std::unique_ptr<Communicator> make_communicator(const std::string& backend, cons
 
 /// A world of one on `device` (CUDA: with its index): every collective is the identity.
 std::unique_ptr<Communicator> make_solo_communicator(at::Device device, Ledger& ledger);
+/// Rank 0 of `size` ranks that are not there: what shapes the outline of a split model. Any collective of more than one
+/// is an InternalError.
+std::unique_ptr<Communicator> make_outline_communicator(int size, Ledger& ledger);
 
 }  // namespace corank

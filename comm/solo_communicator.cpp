@@ -4,11 +4,11 @@
 namespace corank {
 namespace {
 
-/// The base class answers every collective of a group of one; what reaches the backend is a defect of the base class.
+/// A group without peers. The base class answers every collective of a group of one; a larger one has none to ask.
 class SoloCommunicator final : public Communicator {
  public:
-  SoloCommunicator(const std::string& axis, at::Device device, Ledger& ledger)
-      : Communicator(0, 1, axis, device, ledger) {}
+  SoloCommunicator(int size, const std::string& axis, at::Device device, Ledger& ledger)
+      : Communicator(0, size, axis, device, ledger) {}
 
  protected:
   void do_all_reduce(const at::Tensor&, ReduceOp) override { unreachable(); }
@@ -18,17 +18,21 @@ class SoloCommunicator final : public Communicator {
   void do_barrier() override { unreachable(); }
   std::pair<int64_t, int64_t> do_min_max(int64_t) override { unreachable(); }
   std::unique_ptr<Communicator> do_split(int, const std::string& axis) override {
-    return std::make_unique<SoloCommunicator>(axis, device(), ledger());
+    return std::make_unique<SoloCommunicator>(1, axis, device(), ledger());
   }
 
  private:
-  [[noreturn]] static void unreachable() { throw InternalError("A collective of a group of one reached its backend."); }
+  [[noreturn]] static void unreachable() { throw InternalError("A collective reached a group that has no peers."); }
 };
 
 }  // namespace
 
 std::unique_ptr<Communicator> make_solo_communicator(at::Device device, Ledger& ledger) {
-  return std::make_unique<SoloCommunicator>("world", device, ledger);
+  return std::make_unique<SoloCommunicator>(1, "world", device, ledger);
+}
+
+std::unique_ptr<Communicator> make_outline_communicator(int size, Ledger& ledger) {
+  return std::make_unique<SoloCommunicator>(size, "tp", at::kCPU, ledger);
 }
 
 }  // namespace corank

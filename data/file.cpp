@@ -229,8 +229,7 @@ FolderLock::FolderLock(const std::string& folder) : fd_(open(folder.c_str(), O_R
   const int reason = errno;
   if (fd_ >= 0) close(fd_);
   if (reason == EWOULDBLOCK) {
-    throw ConfigError(folder +
-                      ": another run is using this folder. Wait for it, stop it, or choose another output_dir.");
+    throw ConfigError(folder + ": another process is writing this folder. Wait for it, stop it, or choose another.");
   }
   throw StorageError(folder + ": cannot be locked: " + std::strerror(reason) + ".");
 }

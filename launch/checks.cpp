@@ -141,8 +141,8 @@ CheckedInputs check_inputs(const RunConfig& run, int ranks) {
       run.model.path.empty() ? "model.shape " + run.model.shape : run.model.path + "/config.json";
   check_model_config(model_config_json(run.model), origin, static_cast<int>(run.parallel.tensor));
   Ledger ledger;
-  const auto solo = make_solo_communicator(at::kCPU, ledger);
-  const auto model = outline_model(run.model, *solo);
+  const auto tp = make_outline_communicator(static_cast<int>(run.parallel.tensor), ledger);
+  const auto model = outline_model(run.model, *tp);
   CheckedInputs result;
   result.base_parameters = num_base_parameters(*model);
   const std::vector<std::string> linears = linear_names(*model);

@@ -56,7 +56,7 @@ def ctest(by_method):
     reports = BUILD / "test-reports"
     for old in reports.glob("*.xml"):
         old.unlink()
-    output = run(["ctest", "--preset", PRESET, "-j2", "--timeout", "300"], capture_output=True)
+    output = run(["ctest", "--preset", PRESET, "-j2", "--timeout", "600"], capture_output=True)
     lines = re.findall(r"Test +#\d+: (\S+) \.+.*?(Passed|Failed|\*\*\*\S+)", output.stdout)
     if not lines or "***" in output.stdout or output.returncode:
         print(output.stdout[-20000:], output.stderr[-2000:])

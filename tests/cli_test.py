@@ -674,7 +674,7 @@ class Runs(Case):
                 self.assertIsNone(first.poll())
             second = self.train("train.max_steps=100000")
             self.assertEqual(second.returncode, 64)
-            self.assertIn("another run is using this folder", second.stderr)
+            self.assertIn("another process is writing this folder", second.stderr)
         finally:
             first.kill()
             first.stdout.close()

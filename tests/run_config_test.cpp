@@ -12,15 +12,14 @@ Overrides operator+(Overrides a, const Overrides& b) {
   return a;
 }
 
-/// What is said about configs/tiny.yaml with `overrides`: by the checks, then by what a run starts with. Empty:
-/// nothing. `data`: the run file's own paths are relative to where tests are not started.
+/// What the checks before a start say about configs/tiny.yaml with `overrides`; empty: nothing. `data`: the run file's
+/// own paths are relative to where tests are not started.
 std::string complaint(const Overrides& overrides,
                       const Overrides& data = {"data.train=" + repository("configs/tiny/train.h5"),
                                                "data.eval=" + repository("configs/tiny/eval.h5")}) {
   try {
     const RunConfig run = read_run(repository("configs/tiny.yaml"), overrides + data);
-    const CheckedInputs checked = check_inputs(run, static_cast<int>(run.parallel.tensor));
-    const TrainingRun started(nullptr, 1, run.model, checked.adapter);
+    check_inputs(run, static_cast<int>(run.parallel.tensor));
   } catch (const Error& e) {
     return e.what();
   }
@@ -72,6 +71,8 @@ TEST(Refusals, ValuesThatAMethodCannotHave) {
       {{"adapter.modules_to_save=[q_proj]"}, {"adapter.modules_to_save", "q_proj", "embedding"}},
       {{"adapter.rank_pattern={z_proj: 4}"}, {"adapter.rank_pattern", "z_proj"}},
       {{"parallel.tensor=3"}, {"parallel.tensor", "3", "attention heads"}},
+      {{"model.shape=tiny-gpt2", "adapter.method=mora", "parallel.tensor=2"}, {"mora cannot split", "c_attn"}},
+      {{"model.shape=tiny-gpt2", "model.quantization=nf4", "parallel.tensor=2"}, {"c_attn", "parallel.tensor to 1"}},
   };
   for (const auto& [overrides, words] : refusals) {
     const std::string said = complaint(overrides);

@@ -16,13 +16,16 @@ AdaptedLinear::AdaptedLinear(LinearSite site, BaseWeight base, at::Tensor bias_O
   bias_O_.value = std::move(bias_O);
 }
 
+void AdaptedLinear::require_full_base() const {
+  if (!base_.stored.read_nf4()) return;
+  throw ConfigError(
+      fmt::format("{}: the model's files hold it in 4 bits, and this adapter starts from the full weight. Take the "
+                  "model in 16 bits.",
+                  name()));
+}
+
 at::Tensor AdaptedLinear::read_base() const {
-  if (base_.stored.read_nf4()) {
-    throw ConfigError(fmt::format(
-        "{}: the model's files hold it in 4 bits, and this adapter starts from the full weight. Take the model in 16 "
-        "bits.",
-        name()));
-  }
+  require_full_base();
   return base_.stored.read({}).to(base_.format.device, base_.format.dtype);
 }
 

@@ -63,7 +63,6 @@ class NormGroup {
   explicit NormGroup(const std::vector<DoraAdapter*>& adapters) : adapters_(adapters) {
     std::vector<at::Tensor> squares;
     for (const DoraAdapter* adapter : adapters_) {
-      weights_.push_back(&adapter->weight());
       squares.push_back(ops::squared_row_norms(adapter->weight().dense_OI(), adapter->magnitude_O().scalar_type()));
     }
     base_squares_MO_ = at::stack(squares);
@@ -74,9 +73,13 @@ class NormGroup {
 
   /// This rank's part of the squared norms [M, O].
   at::Tensor local_squares() const {
+    std::vector<const ops::Matrix*> weights;
     std::vector<ops::LowRank> factors;
-    for (const DoraAdapter* adapter : adapters_) factors.push_back(adapter->factors());
-    return ops::squared_row_norms(base_squares_MO_, weights_, factors);
+    for (const DoraAdapter* adapter : adapters_) {
+      weights.push_back(&adapter->weight());
+      factors.push_back(adapter->factors());
+    }
+    return ops::squared_row_norms(base_squares_MO_, weights, factors);
   }
 
   void set_squares(const at::Tensor& squares_MO) const {
@@ -96,7 +99,6 @@ class NormGroup {
   static constexpr double kSmallestGamma = 1e-20;  // y is as good as 0, and y / gamma still is q in bfloat16
 
   std::vector<DoraAdapter*> adapters_;
-  std::vector<const ops::Matrix*> weights_;
   at::Tensor base_squares_MO_;
 };
 

@@ -28,6 +28,7 @@ class Pissa : public AdapterMethod {
     seed_ = seed;
     attach_adapters(model, config_, [&](AdaptedLinear& linear) {
       require_rank(linear.site());
+      linear.require_full_base();
       auto adapter = std::make_unique<LoraAdapter>(config_.lora_dropout);
       LoraFactors::Options options = lora_options(config_, linear.site(), seed);
       options.fill_a = options.fill_b = nullptr;

@@ -127,49 +127,34 @@ __global__ void __launch_bounds__(kThreads) add_spread(T* __restrict__ y, const 
   }
 }
 
-/// dx += each feature's gradient, turned back. A thread has pairs of one angle; it reads some blocks before it writes
-/// any of them, so that many reads are under way.
-template <class T>
+/// dx += each feature's gradient, turned back.
+template <class T, int W>
 __global__ void __launch_bounds__(kThreads)
     add_rotated_back(T* __restrict__ dx, const T* __restrict__ dc, const T* __restrict__ cos, const T* __restrict__ sin,
                      Side s) {
-  constexpr int kBlocks = 4;
-  T* row = dx + int64_t{blockIdx.x} * s.length;
+  const int packs = s.length / W, half = s.r / 2;
+  const int64_t row = int64_t{blockIdx.x} * packs;
   const T* values = dc + int64_t{blockIdx.x} * s.blocks * s.pitch;
-  const int half = s.r / 2;
-  const auto turned = [&](int b, int l, float& first, float& second) {
-    const auto cosine = static_cast<float>(cos[b * half + l]), sine = static_cast<float>(sin[b * half + l]);
-    const auto a = static_cast<float>(values[b * s.pitch + l]), d = static_cast<float>(values[b * s.pitch + l + half]);
-    first = a * cosine + d * sine;
-    second = d * cosine - a * sine;
+  const auto turned = [&](int b, int l) {
+    if (b >= s.blocks) return 0.0F;
+    const int angle = l < half ? l : l - half;
+    const auto cosine = static_cast<float>(cos[b * half + angle]), sine = static_cast<float>(sin[b * half + angle]);
+    const auto first = static_cast<float>(values[b * s.pitch + angle]);
+    const auto second = static_cast<float>(values[b * s.pitch + angle + half]);
+    return l < half ? first * cosine + second * sine : second * cosine - first * sine;
   };
-  /// What reaches feature j, which stands here and perhaps once more behind the last.
-  const auto sum_at = [&](int j, float here) {
-    const int again = s.size + j, b = again / s.r, l = again % s.r;
-    if (again >= s.width || b >= s.blocks) return here;
-    float first, second;
-    turned(b, l < half ? l : l - half, first, second);
-    return here + (l < half ? first : second);
-  };
-  for (int l = threadIdx.x; l < half; l += kThreads) {
-    for (int begin = 0; begin < s.blocks; begin += kBlocks) {
-      float sums[2 * kBlocks];
+  for (int i = threadIdx.x; i < packs; i += kThreads) {
+    Pack<T, W> pack = load<W>(dx, row + i);
+    int b = (s.start + i * W) / s.r, l = (s.start + i * W) % s.r;
 #pragma unroll
-      for (int k = 0; k < kBlocks; ++k) {
-        if (begin + k >= s.blocks) break;
-        turned(begin + k, l, sums[2 * k], sums[2 * k + 1]);
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const int j = (begin + k) * s.r + side * half + l;
-          if (s.local(j)) sums[2 * k + side] = static_cast<float>(row[j - s.start]) + sum_at(j, sums[2 * k + side]);
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < 2 * kBlocks; ++k) {
-        const int j = (begin + k / 2) * s.r + k % 2 * half + l;
-        if (begin + k / 2 < s.blocks && s.local(j)) row[j - s.start] = static_cast<T>(sums[k]);
-      }
+    for (int k = 0; k < W; ++k) {
+      const int again = s.size + s.start + i * W + k;
+      float value = turned(b, l);
+      if (again < s.width) value += turned(again / s.r, again % s.r);
+      pack.v[k] = static_cast<T>(static_cast<float>(pack.v[k]) + value);
+      if (++l == s.r) l = 0, ++b;
     }
+    store<W>(dx, row + i, pack);
   }
 }
 
@@ -267,13 +252,13 @@ void mora_add_expanded(const at::Tensor& dx_NL, const at::Tensor& dc, const Mora
   const auto stream = c10::cuda::getCurrentCUDAStream();
   with_packs(dx_NL, s.in.length, {}, [&](auto type, auto width) {
     using T = decltype(type);
+    constexpr int W = decltype(width)::value;
     T* dx = dx_NL.mutable_data_ptr<T>();
     if (s.compress == Grouping::rotate) {
-      add_rotated_back<T><<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(
+      add_rotated_back<T, W><<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(
           dx, dc.const_data_ptr<T>(), table<T>(s.rotation.cos_BH, dx_NL, s), table<T>(s.rotation.sin_BH, dx_NL, s), in);
     } else {
-      add_spread<T, decltype(width)::value>
-          <<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(dx, dc.const_data_ptr<T>(), in);
+      add_spread<T, W><<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(dx, dc.const_data_ptr<T>(), in);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
