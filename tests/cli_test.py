@@ -462,6 +462,41 @@ class Runs(Case):
                 self.assertEqual(refused.returncode, 0 if method in ("lora", "pissa") else 64, refused.stderr)
                 shutil.rmtree(self.folder / "plain", ignore_errors=True)
 
+    def test_uuid_experiment(self):
+        """The script from data to table, with runs of four steps."""
+        config, out = self.folder / "four.yaml", self.folder / "uuid"
+        steps = "train: {max_steps: 4, global_batch_size: 4, micro_batch_size: 4}"
+        config.write_text(
+            "{pairs: 8, base_pairs: 8, jobs: 2, base: {model: {shape: tiny-llama}, adapter: {method: full}},\n"
+            "run: {model: {dtype: float32}, data: {seq_len: 73, packing: false}, eval_steps: 2, %s},\n"
+            "methods: {full: {adapter: {method: full}, search: [0.001, 0.002]}, %s}}" % (steps, ", ".join(
+                f"{method} {r}: {{adapter: {{method: {method}, r: {r}}}, search: [0.01]}}"
+                for method in ("mora", "lora") for r in (8, 1))))
+        command = [ROOT / "launch/experiments/uuid", "--config", config, "--out", out, "--json"]
+        environment = {**ENVIRONMENT, "CORANK_BIN": str(Path(CORANK).resolve())}
+        for option, names in (([], {"full", "mora 8", "lora 8", "mora 1", "lora 1"}),
+                              (["--search"], {"full 0.001", "full 0.002", "mora 8 0.01", "lora 8 0.01", "mora 1 0.01", "lora 1 0.01"})):
+            done = subprocess.run([*command, *option], env=environment, text=True, capture_output=True)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            result = json.loads(done.stdout)
+            self.assertEqual(set(result["accuracy"]), names)
+            for accuracy in result["accuracy"].values():
+                self.assertEqual(set(accuracy), {"2", "4"})
+        (out / "uuid-experiment").unlink()
+        self.assertEqual(subprocess.run(command, env=environment, capture_output=True).returncode, 64)
+
+    def test_accuracy_counts_the_targets_that_are_found(self):
+        """Evaluated with every run; of a model that guesses, about what guessing gives, and the same in every layout."""
+        self.succeed(self.train("train.max_steps=20"))
+        record = json.loads((self.out / "metrics.jsonl").read_text().splitlines()[-1])
+        values = {json.loads(self.succeed(corank("eval", TINY, f"adapter.path={self.out}/adapter", f"parallel.tensor={tensor}",
+                                                 "--json", ranks=ranks)))["token_accuracy"]
+                  for ranks, tensor in ((1, 1), (2, 1), (2, 2), (4, 4))}
+        self.assertEqual(values, {record["eval_accuracy"]})
+        untrained = json.loads(self.succeed(corank("eval", TINY, "--json")))["token_accuracy"]
+        self.assertLess(untrained, 0.05)
+        self.assertGreater(record["eval_accuracy"], 0.05)
+
     def test_an_adapter_of_another_method_or_scale(self):
         adalora = self.folder / "adalora"
         self.succeed(self.train("adapter.method=adalora", out=adalora))

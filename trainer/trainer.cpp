@@ -24,7 +24,11 @@ TrainingState Trainer::run(TrainingState state, const std::function<bool()>& sto
     const int64_t step = state.step + 1;
     StepRecord record = take_step(step);
     state = {step, loader_.state()};
-    if (due(step, options_.eval_steps)) record.eval_loss = evaluate(parts_.mesh, parts_.model, eval_batches_).loss;
+    if (due(step, options_.eval_steps)) {
+      const EvalResult eval = evaluate(parts_.mesh, parts_.model, eval_batches_);
+      record.eval_loss = eval.loss;
+      record.eval_accuracy = eval.token_accuracy;
+    }
     const bool stopping = any_rank(parts_.mesh.world(), stop());
     if (due(step, options_.logging_steps) || step == last || record.eval_loss) report(record);
     if (due(step, options_.save_steps) || step == last || stopping) checkpoints_.save(state);
