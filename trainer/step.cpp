@@ -60,7 +60,7 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   // torch.nn.utils.clip_grad_norm_'s factor
   const double clip = options.max_grad_norm / (stats.grad_norm + 1e-6);
   if (options.max_grad_norm > 0 && clip < 1) parts.store.gradients().mul_(clip);
-  parts.optimizer.step(options.learning_rate, step);
+  parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step));
   parts.method.on_step_end(step, parts.optimizer, mesh);
   parts.store.gradients().zero_();
   return stats;

@@ -21,6 +21,8 @@ class AdaptedLinear {
   const LinearSite& site() const { return site_; }
   const std::string& name() const { return site_.name; }
   const FrozenWeight& weight() const { return *weight_; }
+  /// model.quantization of its weight.
+  const std::string& format() const { return base_.format.name; }
   /// The whole weight [out, in] as the model's files have it, in the compute dtype, on the run's device.
   at::Tensor read_base() const;
   /// Makes the frozen weight anew, from what `change` makes of read_base() in float32 (none: as it was at first). What
