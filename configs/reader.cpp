@@ -502,6 +502,7 @@ template int64_t Section::get(const std::string&) const;
 template double Section::get(const std::string&) const;
 template std::string Section::get(const std::string&) const;
 template std::vector<std::string> Section::get(const std::string&) const;
+template std::vector<int64_t> Section::get(const std::string&) const;
 template std::map<std::string, int64_t> Section::get(const std::string&) const;
 template std::map<std::string, double> Section::get(const std::string&) const;
 

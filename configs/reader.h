@@ -37,7 +37,7 @@ class Section {
   /// The map under `key`; an absent one, or one without entries, reads as empty. Throws ConfigError if it is not a map.
   Section section(const std::string& key) const;
 
-  /// The value of a required key. T: bool, int64_t, double, std::string, std::vector<std::string>,
+  /// The value of a required key. T: bool, int64_t, double, std::string, std::vector of std::string or int64_t,
   /// std::map<std::string, int64_t>, std::map<std::string, double> (entries in file order are kept by `get_ordered`).
   /// Strict: bool is true or false, int64_t decimal digits, double finite; numbers and bools stand without quotes; a
   /// string is any scalar. A key without a value (null) is an error, not the default.

@@ -18,10 +18,11 @@ void Console::say(const std::string& text) {
 }
 
 void Console::on_step(const StepRecord& r) {
-  say(fmt::format("step {:>{}}/{}  loss {:.4f}  grad_norm {:.4f}  lr {:.3e}  {:.0f} tokens/s  {:.2f} s{}", r.step,
-                  std::to_string(r.max_steps).size(), r.max_steps, r.loss, r.grad_norm, r.learning_rate,
-                  r.tokens_per_second, r.step_seconds,
-                  r.eval_loss ? fmt::format("  eval_loss {:.4f}", *r.eval_loss) : ""));
+  say(fmt::format(
+      "step {:>{}}/{}  loss {:.4f}  grad_norm {:.4f}  lr {:.3e}  {:.0f} tokens/s  {:.2f} s{}", r.step,
+      std::to_string(r.max_steps).size(), r.max_steps, r.loss, r.grad_norm, r.learning_rate, r.tokens_per_second,
+      r.step_seconds,
+      r.eval_loss ? fmt::format("  eval_loss {:.4f}  eval_accuracy {:.4f}", *r.eval_loss, *r.eval_accuracy) : ""));
   if (bar_ && leader_) draw_bar(r);
 }
 

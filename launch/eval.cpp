@@ -30,6 +30,7 @@ int run_eval(const CommandLine& line, const World& world) {
   if (line.json) {
     fmt::print("{}\n", nlohmann::json{{"loss", result.loss},
                                       {"perplexity", std::exp(result.loss)},
+                                      {"token_accuracy", result.token_accuracy},
                                       {"target_tokens", result.target_tokens},
                                       {"samples", file.size()}}
                            .dump());

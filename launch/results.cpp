@@ -34,6 +34,9 @@ void write_result(Session& session, const RunIdentity& identity) {
   on_rank_0(session.mesh().world(), [&] {
     if (session.method().trains_base()) {
       write_model_folder(result_path(session), session.run(), result, transposed_weights(session.model()));
+    } else if (!session.method().beyond_peft().empty()) {
+      make_folders(result_path(session));
+      write_file_atomically(result_path(session) + "/adapter.h5", adapter_h5_image(result));
     } else {
       write_peft_folder(result_path(session), result);
     }

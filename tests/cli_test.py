@@ -740,6 +740,73 @@ class Runs(Case):
                                              f"adapter.path={plain}", "--json"))
                 self.assertAlmostEqual(json.loads(result)["loss"] / trained, 1, delta=1e-6)
 
+    def test_remora_from_run_to_file_and_back(self):
+        """Its result is an adapter.h5, which evaluates to the run's own figure and trains on; PEFT has no form for it."""
+        keys = ["adapter.method=mora", "adapter.remora_steps=8", "adapter.remora_warmup_steps=2"]
+        out, peft = self.folder / "remora", self.folder / "peft"
+        self.succeed(self.train(*keys, out=out))
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rates = [record["learning_rate"] for record in records]
+        self.assertEqual([rate == 0 for rate in rates], [step in (1, 9, 17) for step in range(1, 21)])
+        self.succeed(corank("validate", out / "run.yaml"))
+        self.assertEqual([path.name for path in (out / "adapter").iterdir()], ["adapter.h5"])
+        plain = ["adapter.method=null", "adapter.r=null", "adapter.lora_alpha=null"]
+        for adapter in (out / "adapter", out / "checkpoint-20"):
+            result = self.succeed(corank("eval", TINY, *plain, f"adapter.path={adapter}", "--json"))
+            self.assertAlmostEqual(json.loads(result)["loss"] / records[-1]["eval_loss"], 1, delta=1e-6)
+            self.refuse(corank("export", adapter, "--out", peft), 64, "corank merge")
+            self.assertFalse(peft.exists())
+        start = [*plain, f"adapter.path={out}/adapter"]
+        self.succeed(self.train(*start, "train.max_steps=2", out=self.folder / "plain"))
+        self.succeed(self.train(*start, *keys[1:], out=self.folder / "on"))
+        self.refuse(self.train(*start, *keys[1:], "adapter.remora_types=[2, 1]", out=self.folder / "other"), 64, "[1, 2]")
+        self.refuse(corank("validate", TINY, *start, "model.quantization=nf4"), 64, "remora_steps")
+
+    def test_uuid_experiment(self):
+        """The script from data to table, with runs of four steps."""
+        config, out = self.folder / "four.yaml", self.folder / "uuid"
+        steps = "train: {max_steps: 4, global_batch_size: 4, micro_batch_size: 4}"
+        config.write_text(
+            "{pairs: 8, base_pairs: 8, jobs: 2, base: {model: {shape: tiny-llama}, adapter: {method: full}},\n"
+            "run: {model: {dtype: float32}, data: {seq_len: 73, packing: false}, eval_steps: 2, %s},\n"
+            "methods: {full: {adapter: {method: full}, search: [0.001, 0.002]}, %s}}" % (steps, ", ".join(
+                f"{method} {r}: {{adapter: {{method: {method}, r: {r}}}, search: [0.01]}}"
+                for method in ("mora", "lora") for r in (8, 1))))
+        command = [ROOT / "launch/experiments/uuid", "--config", config, "--out", out, "--json"]
+        environment = {**ENVIRONMENT, "CORANK_BIN": str(Path(CORANK).resolve())}
+        for option, names in (([], {"full", "mora 8", "lora 8", "mora 1", "lora 1"}),
+                              (["--search"], {"full 0.001", "full 0.002", "mora 8 0.01", "lora 8 0.01", "mora 1 0.01", "lora 1 0.01"})):
+            done = subprocess.run([*command, *option], env=environment, text=True, capture_output=True)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            result = json.loads(done.stdout)
+            self.assertEqual(set(result["accuracy"]), names)
+            for accuracy in result["accuracy"].values():
+                self.assertEqual(set(accuracy), {"2", "4"})
+        (out / "uuid-experiment").unlink()
+        self.assertEqual(subprocess.run(command, env=environment, capture_output=True).returncode, 64)
+
+    def test_remora_keys(self):
+        for keys, words in ((("remora_types=[1, 2]",), ("remora_types", "remora_steps")),
+                            (("remora_steps=40",), ("remora_warmup_steps", "50")),
+                            (("remora_steps=60", "mora_type=2"), ("mora_type", "remora_types")),
+                            (("remora_steps=60", "remora_types=[1, 6]"), ("remora_types", "6 is not")),
+                            (("remora_steps=-1",), ("remora_steps", "-1"))):
+            with self.subTest(keys):
+                self.refuse(self.train("adapter.method=mora", *(f"adapter.{key}" for key in keys)), 64, *words)
+        self.refuse(self.train("adapter.remora_steps=60"), 64, "remora_steps", "mora")
+
+    def test_accuracy_counts_the_targets_that_are_found(self):
+        """Evaluated with every run; of a model that guesses, about what guessing gives, and the same in every layout."""
+        self.succeed(self.train("train.max_steps=20"))
+        record = json.loads((self.out / "metrics.jsonl").read_text().splitlines()[-1])
+        values = {json.loads(self.succeed(corank("eval", TINY, f"adapter.path={self.out}/adapter", f"parallel.tensor={tensor}",
+                                                 "--json", ranks=ranks)))["token_accuracy"]
+                  for ranks, tensor in ((1, 1), (2, 1), (2, 2), (4, 4))}
+        self.assertEqual(values, {record["eval_accuracy"]})
+        untrained = json.loads(self.succeed(corank("eval", TINY, "--json")))["token_accuracy"]
+        self.assertLess(untrained, 0.05)
+        self.assertGreater(record["eval_accuracy"], 0.05)
+
     def test_an_adapter_of_another_method_or_scale(self):
         adalora = self.folder / "adalora"
         self.succeed(self.train("adapter.method=adalora", out=adalora))

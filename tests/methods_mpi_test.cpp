@@ -1,7 +1,10 @@
+#include "data/file.h"
 #include "tests/topology_cases.h"
 #include "trainer/adapter/adapter_set.h"
+#include "trainer/adapter/lora_factors.h"
 #include "trainer/adapter/merged.h"
 #include "trainer/generation.h"
+#include "trainer/ops/mora.h"
 
 // Every other method of the table, and every format of the base, in every layout.
 namespace corank::test {
@@ -14,6 +17,7 @@ const Setting kMethods[] = {
     {.name = "mora_sharing", .method = "mora"},
     {.name = "mora_blocks", .method = "mora", .mora_type = 2},
     {.name = "mora_rotation", .method = "mora", .mora_type = 6},
+    {.name = "remora", .method = "mora", .remora_steps = 12},
     {.name = "pissa", .method = "pissa"},
     {.name = "pissa_nf4", .method = "pissa", .quantization = "nf4"},
     {.name = "modules_to_save", .modules_to_save = {"embed_tokens", "norm", "lm_head"}},
@@ -32,6 +36,7 @@ const Setting kResumed[] = {
     {.name = "pissa", .method = "pissa"},
     {.name = "gpt2_adalora", .method = "adalora", .shape = "tiny-gpt2"},
     {.name = "mora_rotation", .method = "mora", .mora_type = 6},
+    {.name = "remora", .method = "mora", .remora_steps = 4, .modules_to_save = {"norm"}, .dropout = 0.1},
     {.name = "modules_to_save", .modules_to_save = {"embed_tokens", "norm", "lm_head"}},
     {.name = "dora_nf4", .method = "dora", .quantization = "nf4"},
 };
@@ -87,6 +92,8 @@ const Setting kMerged[] = {
     {.name = "mora_3", .method = "mora", .mora_type = 3},
     {.name = "mora_4", .method = "mora", .mora_type = 4},
     {.name = "mora_6_nf4", .method = "mora", .mora_type = 6, .quantization = "nf4"},
+    {.name = "remora_1", .method = "mora", .remora_steps = 1},
+    {.name = "remora_2", .method = "mora", .remora_steps = 2},
     {.name = "pissa", .method = "pissa"},
 };
 
@@ -168,11 +175,117 @@ TEST_P(Switching, GivesTheBitsOfAModelThatHadNoOther) {
   }
 }
 
+/// ReMoRA's restarts.
+class Remora : public testing::Test {
+ protected:
+  static constexpr int64_t kSpan = 3;
+
+  Remora() : run_(&test_world(), test_world().size() % 2 == 0 ? 2 : 1, tiny(setting_), adapter(setting_)) {
+    Loader batches(data_, loader(setting_, &run_.mesh));
+    for (int64_t step = 1; step < kSpan; ++step) run_.step(batches.next(), step, rate(setting_));
+  }
+
+  void restart() { run_.method->on_step_end(kSpan, *run_.optimizer, run_.mesh); }
+  /// Logits of some tokens.
+  static at::Tensor logits(const TrainingRun& run) {
+    return all_logits(*run.model, {5, 80, 17, 200, 3, 99, 64}, run.mesh.tp());
+  }
+  AdapterFile file() const {
+    return collect_adapter(run_.store, *run_.method, {"", adapter(setting_), ""}, run_.mesh.tp());
+  }
+
+  Setting setting_{.name = "remora", .method = "mora", .remora_steps = kSpan};
+  TokenFile data_{repository("configs/tiny/train.h5")};
+  TrainingRun run_;
+};
+
+TEST_F(Remora, ForwardRightAfterARestartIsThatRightBefore) {
+  const at::Tensor before = logits(run_), matrices = run_.store.masters().clone();
+  restart();
+  EXPECT_LT(relative_error(logits(run_), before), 1e-6);
+  for (const at::Tensor& zero : {run_.store.masters(), run_.optimizer->exp_avg(), run_.optimizer->exp_avg_sq()}) {
+    EXPECT_EQ(zero.abs().max().item<double>(), 0);
+  }
+  // The test of the test: matrices that do not start again at zero count twice.
+  run_.store.masters().copy_(matrices);
+  run_.store.refresh();
+  EXPECT_GT(relative_error(logits(run_), before), 1e-3);
+}
+
+TEST_F(Remora, EachSpanHasTheNextType) {
+  const at::Tensor matrices = run_.store.masters().clone();
+  const AdaptedLinear& linear = *run_.model->linears()[0];
+  const at::Tensor w_OI = linear.read_base().to(at::kCPU);
+  const at::Tensor m_RR = module_tensors(file().tensors, linear.name(), at::kFloat).at(".lora_A.weight");
+  at::Tensor merged = w_OI;
+  for (const ops::Grouping grouping : {ops::Grouping::modulo, ops::Grouping::block, ops::Grouping::modulo}) {
+    run_.store.masters().copy_(matrices);
+    merged = merged + ops::mora_delta(m_RR, grouping, grouping, w_OI.size(1), w_OI.size(0));
+    EXPECT_LT(relative_error(
+                  run_.method->merged(linear.name(), module_tensors(file().tensors, linear.name(), at::kFloat), w_OI),
+                  merged),
+              1e-6);
+    restart();
+  }
+}
+
+TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
+  restart();
+  const std::string path = "/adapter.h5";
+  TemporaryFolder folder;
+  write_file_atomically(folder.path() + path, adapter_h5_image(file()));
+  const AdapterFile read = read_adapter(folder.path());
+  check_adapter(read, folder.path());
+  EXPECT_EQ(read.config.remora.types, (std::vector<int64_t>{1, 2}));
+  EXPECT_EQ(read.config.remora.merges, 1);
+  const TrainingRun later(&test_world(), 1, tiny(setting_), read.config, {}, 42, &read);
+  EXPECT_LT(relative_error(logits(later), logits(run_)), 1e-5);
+  try {
+    write_peft_folder(folder.path("peft"), read);
+    ADD_FAILURE() << "written";
+  } catch (const ConfigError& e) {
+    EXPECT_NE(std::string(e.what()).find("corank merge"), std::string::npos) << e.what();
+  }
+  AdapterFile incomplete = read;
+  std::erase_if(incomplete.tensors, [&](const auto& entry) {
+    return entry.first == peft_name(run_.model->linears()[0]->name(), ".remora_0");
+  });
+  EXPECT_THROW(check_adapter(incomplete, "incomplete"), InputError);
+}
+
+TEST_F(Remora, TheRateWarmsUpAndBiasCorrectionBeginsAnewAfterEachRestart) {
+  AdapterConfig config = adapter(setting_);
+  config.remora = {.steps = 100, .types = {1, 2}, .warmup_steps = 10, .merges = 0};
+  const auto method = make_method(config);
+  const std::vector<std::tuple<int64_t, double, int64_t>> wanted{
+      {1, 1, 1}, {5, 1, 5}, {100, 1, 100}, {101, 0, 1}, {106, 0.5, 6}, {111, 1, 11}, {200, 1, 100}, {201, 0, 1}};
+  for (const auto& [step, scale, age] : wanted) {
+    EXPECT_EQ(method->learning_rate_scale(step), scale) << step;
+    EXPECT_EQ(method->age_of_moments(step), age) << step;
+  }
+}
+
+TEST_F(Remora, QuantisedWeightsAreRefused) {
+  for (const char* format : {"nf4", "int8"}) {
+    setting_.quantization = format;
+    try {
+      TrainingRun run(&test_world(), 1, tiny(setting_), adapter(setting_));
+      ADD_FAILURE() << format;
+    } catch (const ConfigError& e) {
+      EXPECT_NE(std::string(e.what()).find("remora_steps"), std::string::npos) << e.what();
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Bases, Switching,
                          testing::Values(Setting{.name = "float32"},
                                          Setting{.name = "bfloat16", .dtype = at::kBFloat16},
                                          Setting{.name = "nf4", .quantization = "nf4"}),
                          case_name);
+
+}
+}
+}
 
 /// What no rank can hold a part of.
 TEST(LinearsOfSeveralMatrices, AreRefusedByNameWhereTheyCannotBeSplit) {

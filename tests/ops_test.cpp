@@ -398,6 +398,19 @@ TEST_F(CrossEntropyTest, ForwardAndGradientsInAnyChunk) {
   }
 }
 
+TEST_F(CrossEntropyTest, ScoreIsTheLossAndTheTargetsThatNoLogitExceeds) {
+  const at::Tensor h = random({7, 5}, "h"), w = random({12, 5}, "w");
+  at::Tensor best = at::mm(h.index_select(0, rows_), w.narrow(0, 0, kVocab).t()).argmax(1);
+  for (int64_t found = 0; found <= 4; ++found) {
+    targets_ = at::cat({best.narrow(0, 0, found), (best.narrow(0, found, 4 - found) + 1).remainder(kVocab)});
+    for (const int64_t chunk : {1, 3, 100}) {
+      const at::Tensor sums = score(h, rows_, targets_, head({w, {}}), *solo_, chunk);
+      EXPECT_LT(relative_error(sums[0], plain(h, w)), 1e-13);
+      EXPECT_EQ(sums[1].item<double>(), static_cast<double>(found));
+    }
+  }
+}
+
 TEST_F(CrossEntropyTest, NoTargetsIsZeroWithoutGradient) {
   const at::Tensor h = leaf({7, 5}, "h"), none = at::empty({0}, at::TensorOptions(at::kLong));
   const at::Tensor loss = cross_entropy(h, none, none, head({random({12, 5}, "w"), {}}), *solo_);

@@ -41,7 +41,7 @@ TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, c
 
 StepStats TrainingRun::step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm) {
   const StepParts parts{mesh, *model, *method, store, *optimizer, *reducer};
-  return train_step(parts, batches, number, {learning_rate, max_grad_norm, seed});
+  return train_step(parts, batches, number, {learning_rate * method->learning_rate_scale(number), max_grad_norm, seed});
 }
 
 double accumulate(TrainingRun& run, const StepBatches& batches) {

@@ -17,6 +17,7 @@ constexpr int64_t kSteps = 20;
 struct Setting {
   std::string name, method = "lora", shape = "tiny-llama";
   int64_t mora_type = 1;
+  int64_t remora_steps = 0;
   std::vector<std::string> modules_to_save = {};
   double dropout = 0;
   bool packing = true;
@@ -45,6 +46,10 @@ AdapterConfig adapter(const Setting& setting) {
   config.method = setting.method;
   config.lora_dropout = setting.dropout;
   config.mora_type = setting.mora_type;
+  if (setting.remora_steps > 0) {
+    config.remora = {
+        .steps = setting.remora_steps, .types = {1, 2}, .warmup_steps = setting.remora_steps / 2, .merges = 0};
+  }
   config.modules_to_save = setting.modules_to_save;
   config.adalora = {
       .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "data/file.h"
 #include "data/h5.h"
@@ -124,8 +125,18 @@ std::optional<std::string> Checkpoints::newest() {
 TrainingState Checkpoints::load(const std::string& path) {
   require_checkpoint(path, identity_.hash);
   const h5::Reader adapter(path + "/adapter.h5");
-  for (const auto& p : store_.parameters()) store_.load(p.spec.name, adapter.read(p.spec.name));
+  std::set<std::string> own;
+  for (const auto& p : store_.parameters()) {
+    store_.load(p.spec.name, adapter.read(p.spec.name));
+    own.insert(p.spec.name);
+  }
   store_.refresh();
+  NamedTensors extra;
+  for (const std::string& path_in_file : adapter.names()) {
+    const std::string name = path_in_file.substr(path_in_file.find_first_not_of('/'));
+    if (!own.count(name)) extra.emplace_back(name, adapter.read(name));
+  }
+  method_.take_extra(extra);
   const h5::Reader file(path + "/state.h5");
   const auto restore = [&](const std::string& group, const at::Tensor& flat) {
     for (const auto& p : store_.parameters()) {

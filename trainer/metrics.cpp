@@ -58,6 +58,7 @@ std::string to_json(const StepRecord& r) {
                       {"peak_memory_bytes", r.peak_memory_bytes},
                       {"bytes", bytes}};
   if (r.eval_loss) record["eval_loss"] = *r.eval_loss;
+  if (r.eval_accuracy) record["eval_accuracy"] = *r.eval_accuracy;
   return record.dump();
 }
 

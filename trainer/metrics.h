@@ -19,7 +19,7 @@ struct StepRecord {
   double step_seconds = 0;
   int64_t peak_memory_bytes = 0;
   Ledger::Snapshot bytes{};  ///< of this step, this rank
-  std::optional<double> eval_loss;
+  std::optional<double> eval_loss, eval_accuracy;
 };
 
 /// Everything the trainer reports leaves through this. Called on rank 0 only; implementations do not communicate.

@@ -28,6 +28,11 @@ void Optimizer::step(double learning_rate, int64_t step) {
   store_.refresh();
 }
 
+void Optimizer::restart() {
+  exp_avg_.zero_();
+  exp_avg_sq_.zero_();
+}
+
 at::Tensor gradient_norm(const ParameterStore& store, Communicator& tp) {
   const auto square = [](const at::Tensor& flat) {
     return at::linalg_vector_norm(flat, 2, {}, false, at::kDouble).square_();

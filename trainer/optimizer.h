@@ -20,8 +20,11 @@ class Optimizer {
   /// `store` is borrowed and allocated.
   Optimizer(ParameterStore& store, OptimizerOptions options);
 
-  /// One update from the store's gradients; `step` counts from 1. Refreshes the compute copies.
+  /// One update from the store's gradients; `step` counts from 1 at the start and after a restart. Refreshes the
+  /// compute copies.
   void step(double learning_rate, int64_t step);
+  /// Moments zero, as at the start.
+  void restart();
 
   const at::Tensor& exp_avg() const { return exp_avg_; }
   const at::Tensor& exp_avg_sq() const { return exp_avg_sq_; }

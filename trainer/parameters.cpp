@@ -90,7 +90,8 @@ at::Tensor gather_shards(const at::Tensor& local, const Shard& shard, at::IntArr
 
 void ParameterStore::add(ParameterSpec spec) {
   if (masters_.defined()) throw InternalError("ParameterStore: add() after allocate()");
-  if (!index_.emplace(spec.name, 0).second) throw InternalError("ParameterStore: two parameters named " + spec.name);
+  if (!index_.emplace(spec.name, parameters_.size()).second)
+    throw InternalError("ParameterStore: two parameters named " + spec.name);
   Parameter parameter;
   parameter.spec = std::move(spec);
   parameters_.push_back(std::move(parameter));

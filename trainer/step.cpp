@@ -60,7 +60,7 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   // torch.nn.utils.clip_grad_norm_'s factor
   const double clip = options.max_grad_norm / (stats.grad_norm + 1e-6);
   if (options.max_grad_norm > 0 && clip < 1) parts.store.gradients().mul_(clip);
-  parts.optimizer.step(options.learning_rate, step);
+  parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step));
   parts.method.on_step_end(step, parts.optimizer, mesh);
   parts.store.gradients().zero_();
   return stats;
@@ -69,17 +69,18 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
 EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batch>& batches) {
   const at::AutoGradMode no_grad(false);
   const auto options = at::TensorOptions(at::kDouble).device(mesh.device());
-  at::Tensor sums = at::zeros({2}, options);  // loss, targets
+  at::Tensor sums = at::zeros({3}, options);  // loss, targets found, targets
   for (const Batch& on_host : batches) {
     const Batch batch = on_host.to(mesh.device());
     SegmentAttention attention(batch);
-    sums[0] += loss_sum(model, {batch, attention, mesh.tp()});
-    sums[1] += static_cast<double>(batch.num_targets());
+    const at::Tensor h_ND = model.forward({batch, attention, mesh.tp()});
+    sums.narrow(0, 0, 2).add_(ops::score(h_ND, batch.target_rows_M, batch.targets_M, model.head(), mesh.tp()));
+    sums[2] += static_cast<double>(batch.num_targets());
   }
   mesh.dp().all_reduce(sums, ReduceOp::sum, Purpose::data_control);
   const at::Tensor host = sums.to(at::kCPU);
-  const auto targets = static_cast<int64_t>(host[1].item<double>());
-  return {host[0].item<double>() / static_cast<double>(std::max<int64_t>(1, targets)), targets};
+  const double targets = host[2].item<double>(), divisor = std::max(1.0, targets);
+  return {host[0].item<double>() / divisor, host[1].item<double>() / divisor, static_cast<int64_t>(targets)};
 }
 
 }  // namespace corank

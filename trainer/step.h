@@ -35,9 +35,10 @@ struct StepStats {
 /// before any parameter changed.
 StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options);
 
-/// Collective over the world. Mean loss over the targets of `batches`, without gradients.
+/// Collective over the world. Means over the targets of `batches`, without gradients.
 struct EvalResult {
   double loss = 0;
+  double token_accuracy = 0;  ///< share of targets that the model, given all tokens before, finds the likeliest
   int64_t target_tokens = 0;
 };
 EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batch>& batches);

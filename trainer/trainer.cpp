@@ -24,7 +24,11 @@ TrainingState Trainer::run(TrainingState state, const std::function<bool()>& sto
     const int64_t step = state.step + 1;
     StepRecord record = take_step(step);
     state = {step, loader_.state()};
-    if (due(step, options_.eval_steps)) record.eval_loss = evaluate(parts_.mesh, parts_.model, eval_batches_).loss;
+    if (due(step, options_.eval_steps)) {
+      const EvalResult eval = evaluate(parts_.mesh, parts_.model, eval_batches_);
+      record.eval_loss = eval.loss;
+      record.eval_accuracy = eval.token_accuracy;
+    }
     const bool stopping = any_rank(parts_.mesh.world(), stop());
     if (due(step, options_.logging_steps) || step == last || record.eval_loss) report(record);
     if (due(step, options_.save_steps) || step == last || stopping) checkpoints_.save(state);
@@ -37,7 +41,7 @@ StepRecord Trainer::take_step(int64_t step) {
   const Ledger::Snapshot before = ledger_.snapshot();
   const auto start = std::chrono::steady_clock::now();
   const StepBatches batches = loader_.next();
-  const double rate = lr_at(options_.schedule, step);
+  const double rate = lr_at(options_.schedule, step) * parts_.method.learning_rate_scale(step);
   const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, options_.seed});
   StepRecord record;
   record.step = step;

@@ -24,6 +24,8 @@ class AdaptedLinear {
   const FrozenWeight& weight() const { return *weight_; }
   /// ConfigError if the model's files do not hold the whole weight but only 4 bits of it.
   void require_full_base() const;
+  /// model.quantization of its weight.
+  const std::string& format() const { return base_.format.name; }
   /// The whole weight [out, in] as the model's files have it, in the compute dtype, on the run's device.
   at::Tensor read_base() const;
   /// Makes the frozen weight anew, from what `change` makes of read_base() in float32 (none: as it was at first). What

@@ -61,6 +61,25 @@ void refuse_pickles(const std::string& folder) {
       folder));
 }
 
+/// The file's types and matrices; of the restarts to come what the run file writes.
+RemoraConfig merge_remora(const AdapterConfig& run, bool types_written, const AdapterConfig& file) {
+  RemoraConfig merged = run.remora;
+  const std::string ours = fmt::format("[{}]", fmt::join(run.remora.types, ", "));
+  if (file.remora.types.empty()) {  // MoRA so far
+    if (run.remora.steps == 0 || run.remora.types.front() == file.mora_type) return merged;
+    throw ConfigError(fmt::format("adapter.remora_types: the run's are {}, {} was trained under {}. Begin with that.",
+                                  ours, run.path, file.mora_type));
+  }
+  if (types_written && run.remora.types != file.remora.types) {
+    throw ConfigError(fmt::format(
+        "adapter.remora_types: the run file says {}, {} says [{}]. Leave it out of the run file to take the "
+        "adapter's.",
+        ours, run.path, fmt::join(file.remora.types, ", ")));
+  }
+  merged.types = file.remora.types;
+  return merged;
+}
+
 AdapterFile read_peft_folder(const std::string& folder) {
   refuse_pickles(folder);
   AdapterFile adapter;
@@ -210,7 +229,11 @@ ModuleTensors module_tensors(const NamedTensors& tensors, const std::string& mod
 }
 
 void write_peft_folder(const std::string& folder, AdapterFile adapter) {
-  make_method(adapter.config)->to_peft(adapter);
+  const auto method = make_method(adapter.config);
+  if (const std::string beyond = method->beyond_peft(); !beyond.empty()) {
+    throw ConfigError(fmt::format("{}: {}.", folder, beyond));
+  }
+  method->to_peft(adapter);
   make_folders(folder);
   auto tensors = adapter.tensors;
   std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -259,7 +282,7 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
                     "the run file to take the adapter's.",
                     run.path, fmt::join(modules, ", ")));
   }
-  compare("mora_type", run.mora_type, file.mora_type);
+  if (run.remora.steps == 0) compare("mora_type", run.mora_type, file.mora_type);
   if (is_written("modules_to_save") && run.modules_to_save != file.modules_to_save) {
     throw ConfigError(fmt::format("adapter.modules_to_save: the run file says [{}], {} says [{}].",
                                   fmt::join(run.modules_to_save, ", "), run.path,
@@ -274,6 +297,7 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
   }
   AdapterConfig merged = file;
   if (file.method == "adalora") merged.adalora = merge_adalora(run.adalora, written, file.adalora);
+  if (file.method == "mora") merged.remora = merge_remora(run, is_written("remora_types"), file);
   merged.path = run.path;
   merged.loraplus_lr_ratio = run.loraplus_lr_ratio;
   merged.lora_dropout = is_written("lora_dropout") ? run.lora_dropout : file.lora_dropout;

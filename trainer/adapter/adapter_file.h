@@ -24,7 +24,7 @@ struct AdapterFile {
 /// A PEFT folder, a corank checkpoint folder, or an adapter.h5 file.
 AdapterFile read_adapter(const std::string& path);
 /// adapter_config.json, adapter_model.safetensors and a model card, each written atomically; the method turns what a
-/// checkpoint holds into what PEFT loads.
+/// checkpoint holds into what PEFT loads. ConfigError where the method has no such form.
 void write_peft_folder(const std::string& folder, AdapterFile adapter);
 /// The image of adapter.h5.
 std::string adapter_h5_image(const AdapterFile& adapter);

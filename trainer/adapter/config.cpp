@@ -1,6 +1,7 @@
 #include "trainer/adapter/config.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cctype>
@@ -58,6 +59,8 @@ std::string modules(const ModulePattern& p) {
   return p.expression.empty() ? yaml::list(p.names) : yaml::quoted(p.expression);
 }
 
+std::string of_remora(const AdapterConfig& c, const std::string& value) { return c.remora.steps > 0 ? value : ""; }
+
 AdaLoraConfig read_adalora(const Section& section) {
   AdaLoraConfig c;
   c.init_r = section.get<int64_t>("init_r", c.init_r);
@@ -102,6 +105,16 @@ void check_adalora(const AdaLoraConfig& c, const Require& require) {
           "a weight of at least 0");
 }
 
+void check_remora(const RemoraConfig& c, const Require& require) {
+  for (const int64_t type : c.types) {
+    require(type >= 1 && type <= 4, "remora_types", type, "one of 1, 2, 3, 4, which have groups to change");
+  }
+  require(c.steps >= 0, "remora_steps", c.steps, "a number of steps");
+  if (c.steps == 0) return;
+  require(c.warmup_steps >= 0 && c.warmup_steps < c.steps, "remora_warmup_steps", c.warmup_steps,
+          "a number of steps below remora_steps");
+}
+
 void check_expression(const std::string& expression, const std::string& key, const Fail& fail) {
   try {
     const std::regex whole(expression);
@@ -115,6 +128,23 @@ void check_expressions(const AdapterConfig& c, const Fail& fail) {
   check_expression(c.exclude_modules.expression, "exclude_modules", fail);
   for (const auto& entry : c.rank_pattern) check_expression(entry.first, "rank_pattern", fail);
   for (const auto& entry : c.alpha_pattern) check_expression(entry.first, "alpha_pattern", fail);
+}
+
+/// Types are kept only where restarts go through them.
+RemoraConfig read_remora(const Section& section) {
+  RemoraConfig c;
+  c.steps = section.get<int64_t>("remora_steps", 0);
+  c.types = section.get<std::vector<int64_t>>("remora_types", {1, 2});
+  c.warmup_steps = section.get<int64_t>("remora_warmup_steps", c.warmup_steps);
+  if (c.types.empty()) section.fail("remora_types", "the list is empty");
+  for (const char* key : {"remora_types", "remora_warmup_steps"}) {
+    if (c.steps == 0 && section.has(key)) section.fail(key, "says how to restart; remora_steps must say when");
+  }
+  if (c.steps != 0 && section.has("mora_type")) {
+    section.fail("mora_type", "contradicts remora_steps: the types are those of remora_types; leave it out");
+  }
+  if (c.steps == 0) c.types.clear();
+  return c;
 }
 
 /// PEFT would adapt the head and the embedding too, and refuse norms; here only the blocks' linears take an adapter.
@@ -181,7 +211,10 @@ const std::vector<AdapterKey>& adapter_keys() {
       {"loraplus_lr_ratio", adapters, false, [](C c) { return plain(c.loraplus_lr_ratio); }},
       {"modules_to_save", adapters, false,
        [](C c) { return c.modules_to_save.empty() ? std::string() : yaml::list(c.modules_to_save); }},
-      {"mora_type", {"mora"}, false, [](C c) { return plain(c.mora_type); }},
+      {"mora_type", {"mora"}, false, [](C c) { return c.remora.steps ? std::string() : plain(c.mora_type); }},
+      {"remora_steps", {"mora"}, false, [](C c) { return of_remora(c, plain(c.remora.steps)); }},
+      {"remora_types", {"mora"}, false, [](C c) { return of_remora(c, plain(c.remora.types)); }},
+      {"remora_warmup_steps", {"mora"}, false, [](C c) { return of_remora(c, plain(c.remora.warmup_steps)); }},
       {"pissa_niter", {"pissa"}, false, [](C c) { return c.pissa_niter ? plain(*c.pissa_niter) : std::string(); }},
       {"pissa_iterations", {"pissa"}, false, [](C c) { return plain(c.pissa_iterations); }},
       {"init_r", adalora, false, [](C c) { return plain(c.adalora.init_r); }},
@@ -247,6 +280,8 @@ AdapterConfig read_adapter_config(const Section& section) {
   c.init_lora_weights = section.get_choice("init_lora_weights", c.init_lora_weights, {"true", "gaussian"});
   c.adalora = read_adalora(section);
   c.mora_type = section.get<int64_t>("mora_type", c.mora_type);
+  c.remora = read_remora(section);
+  if (!c.remora.types.empty()) c.mora_type = c.remora.types.front();
   c.pissa_niter = section.get_optional<int64_t>("pissa_niter");
   c.pissa_iterations = section.get<int64_t>("pissa_iterations", c.pissa_iterations);
   c.loraplus_lr_ratio = section.get<double>("loraplus_lr_ratio", c.loraplus_lr_ratio);
@@ -273,6 +308,7 @@ void check(const AdapterConfig& c, const Fail& fail) {
     if (!is_scale(alpha)) fail("alpha_pattern", fmt::format("{}: {} is not {}", key, alpha, kScale));
   }
   check_expressions(c, fail);
+  check_remora(c.remora, require);
   if (c.method == "adalora") check_adalora(c.adalora, require);
 }
 

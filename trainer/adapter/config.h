@@ -42,6 +42,15 @@ struct AdaLoraConfig {
   int64_t rank_of(const std::string& module) const;
 };
 
+/// ReMoRA (arXiv 2405.12130): every `steps` optimizer steps MoRA's matrix is added to the frozen weight and starts
+/// again at zero, under the next type.
+struct RemoraConfig {
+  int64_t steps = 0;           ///< from one restart to the next; 0: none
+  std::vector<int64_t> types;  ///< mora_type of each span, from the first again after the last; empty: no ReMoRA
+  int64_t warmup_steps = 50;   ///< of the learning rate, after each restart
+  int64_t merges = 0;          ///< restarts that a file holds
+};
+
 /// The adapter section of a run, under PEFT's names.
 struct AdapterConfig {
   std::string method = "lora";
@@ -55,7 +64,8 @@ struct AdapterConfig {
   std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;  ///< in file order: the first match wins
   std::string init_lora_weights = "true";                                   ///< true or gaussian
   AdaLoraConfig adalora;
-  int64_t mora_type = 1;
+  int64_t mora_type = 1;  ///< ReMoRA: of the first span
+  RemoraConfig remora;
   std::optional<int64_t> pissa_niter;        ///< subspace iterations of a randomised decomposition; none: exact
   int64_t pissa_iterations = 1;              ///< rounds of decomposing what quantising the residual leaves (QPiSSA)
   double loraplus_lr_ratio = 1;              ///< LoRA+ (arXiv 2402.12354): learning rate of B over that of A

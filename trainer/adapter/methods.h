@@ -63,8 +63,16 @@ class AdapterMethod {
   /// which a resume overwrites in place before begin().
   virtual std::vector<std::pair<std::string, at::Tensor>> state() { return {}; }
 
+  /// Optimizer steps since the moments were last zero, step `step` included: what bias correction counts.
+  virtual int64_t age_of_moments(int64_t step) const { return step; }
+  /// What the schedule's learning rate is multiplied by in step `step`.
+  virtual double learning_rate_scale(int64_t /*step*/) const { return 1; }
+
   /// Collective over tp. Full tensors that an adapter file must hold beside the parameters.
   virtual std::vector<std::pair<std::string, at::Tensor>> extra_tensors(Communicator& /*tp*/) const { return {}; }
+  /// The way back: takes out of `tensors` what extra_tensors() gave and no parameter or state() brings, before begin().
+  /// InputError where a shape is not the run's.
+  virtual void take_extra(std::vector<std::pair<std::string, at::Tensor>>& /*tensors*/) {}
 
   /// Under which purpose its gradients travel.
   virtual Purpose gradient_purpose() const { return Purpose::adapter_gradients; }
@@ -86,6 +94,8 @@ class AdapterMethod {
   virtual void from_peft(AdapterFile& /*file*/) const {}
   /// Turns what adapter.h5 holds into an adapter on the model's own weights.
   virtual void from_checkpoint(AdapterFile& /*file*/) const {}
+  /// Why no PEFT folder can hold it, and what to do; empty: one can.
+  virtual std::string beyond_peft() const { return ""; }
   /// Why consumers that know one A and B of one rank and alpha a module cannot take it; empty: they can.
   virtual std::string beyond_plain_lora() const;
   /// Factors whose product is the update of `module` exactly; perhaps of rank 0. None where the update has a higher

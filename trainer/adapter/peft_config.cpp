@@ -205,6 +205,7 @@ json lora_fields(const AdapterConfig& config, const std::vector<std::string>& mo
               {"use_dora", config.method == "dora"},
               {"use_rslora", config.use_rslora}};
   if (config.method == "mora") fields.update({{"use_mora", true}, {"mora_type", config.mora_type}});
+  if (!config.remora.types.empty()) fields["remora_types"] = config.remora.types;
   return fields;
 }
 
@@ -334,6 +335,7 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   AdapterConfig c;
   c.method = adalora ? "adalora" : file.get("use_dora", false) ? "dora" : file.get("use_mora", false) ? "mora" : "lora";
   c.mora_type = file.get("mora_type", c.mora_type);
+  c.remora.types = file.get("remora_types", c.remora.types);
   c.modules_to_save = file.get("modules_to_save", c.modules_to_save);
   c.r = file.get("r", c.r);
   c.lora_alpha = file.get("lora_alpha", 8.0);  // PEFT's default, not ours

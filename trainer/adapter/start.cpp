@@ -50,7 +50,11 @@ void start_method(AdapterMethod& method, Model& model, ParameterStore& store, co
   store.allocate(mesh.device(), dtype == at::kDouble ? at::kDouble : at::kFloat, dtype);
   method.initialise(mesh);
   store.refresh();
-  if (file) load_tensors(*file, store);
+  if (file) {
+    AdapterFile parameters = *file;
+    method.take_extra(parameters.tensors);
+    load_tensors(parameters, store);
+  }
   method.begin(mesh);
 }
 

@@ -25,10 +25,15 @@ struct Shape {
   const char* config_json;
 };
 
-// Sizes of the published configurations; random weights of these shapes are for benchmarks.
+// Sizes of the published configurations; random weights of these shapes are for benchmarks. tiny, small and medium are
+// ours, for bytes as tokens: tests and launch/experiments train them from random weights.
 constexpr Shape kShapes[] = {
     {"tiny-llama", R"({"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176,
       "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5})"},
+    {"small-llama", R"({"model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 336,
+      "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5})"},
+    {"medium-llama", R"({"model_type": "llama", "vocab_size": 256, "hidden_size": 512, "intermediate_size": 1376,
+      "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "rms_norm_eps": 1e-5})"},
     {"tiny-gpt2", R"({"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 8,
       "n_positions": 64})"},
     {"smollm2-135m", R"({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,

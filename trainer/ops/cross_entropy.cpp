@@ -21,12 +21,18 @@ struct Call : torch::CustomClassHolder {
   Communicator* tp = nullptr;
   int64_t chunk_rows = 0;
   bool h_needs_grad = false;
-
-  at::Tensor rows_VD() const {
-    const int64_t local = head.weight_VD.value.size(0);
-    return head.weight_VD.value.narrow(0, 0, std::clamp<int64_t>(head.vocab_size - head.offset, 0, local));
-  }
 };
+
+/// This rank's rows without padding.
+at::Tensor rows_VD(const VocabularyHead& head) {
+  const int64_t local = head.weight_VD.value.size(0);
+  return head.weight_VD.value.narrow(0, 0, std::clamp<int64_t>(head.vocab_size - head.offset, 0, local));
+}
+
+int64_t rows_at_once(const VocabularyHead& head, int64_t wanted) {
+  const int64_t width = std::max<int64_t>(1, head.weight_VD.value.size(0));
+  return wanted > 0 ? wanted : std::max<int64_t>(16, kChunkElements / width);
+}
 
 at::ScalarType logits_dtype(const at::Tensor& h) { return h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -46,15 +52,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> statistics(const at::Tensor& logi
   return {max_M, sum_M, at::where(here, picked, at::zeros_like(picked))};
 }
 
-/// Log-sum-exp over the whole vocabulary and the target's logit, from every rank's part.
-std::pair<at::Tensor, at::Tensor> combine(const at::Tensor& max_M, const at::Tensor& sum_M, const at::Tensor& target_M,
-                                          Communicator& tp) {
-  if (tp.size() == 1) return {sum_M.log().add_(max_M), target_M};
+/// Of every row over the whole vocabulary.
+struct Rows {
+  at::Tensor lse_M, target_M, max_M;  ///< log-sum-exp, the target's logit, the largest logit
+};
+
+/// From every rank's part.
+Rows combine(const at::Tensor& max_M, const at::Tensor& sum_M, const at::Tensor& target_M, Communicator& tp) {
+  if (tp.size() == 1) return {sum_M.log().add_(max_M), target_M, max_M};
   const at::Tensor top_M = max_M.clone();
   tp.all_reduce(top_M, ReduceOp::max, Purpose::vocabulary_loss);
   const at::Tensor both_2M = at::stack({sum_M * (max_M - top_M).exp_(), target_M});
   tp.all_reduce(both_2M, ReduceOp::sum, Purpose::vocabulary_loss);
-  return {both_2M[0].log().add_(top_M), both_2M[1]};
+  return {both_2M[0].log().add_(top_M), both_2M[1], top_M};
+}
+
+Rows score_rows(const at::Tensor& logits_MV, const at::Tensor& local_targets, Communicator& tp) {
+  const auto [max_M, sum_M, target_M] = statistics(logits_MV, local_targets);
+  return combine(max_M, sum_M, target_M, tp);
 }
 
 /// logits <- softmax(logits) - onehot(target).
@@ -74,7 +89,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h_ND, const std::optional<at::Tensor>& leaf,
                             const at::Tensor& target_rows_M, const at::Tensor& targets_M,
                             c10::intrusive_ptr<Call> call) {
-    const at::Tensor w_VD = call->rows_VD();
+    const at::Tensor w_VD = rows_VD(call->head);
     const bool head_trains = call->head.weight_VD.trains();
     const at::Tensor h_MD = h_ND.index_select(0, target_rows_M);
     const at::Tensor local_targets = targets_M - call->head.offset;
@@ -88,11 +103,10 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       const at::Tensor h_chunk = h_MD.narrow(0, start, rows);
       const at::Tensor targets = local_targets.narrow(0, start, rows);
       const at::Tensor logits = matmul_to(h_chunk, w_VD.t(), logits_dtype(h_ND));
-      auto [max_M, sum_M, target_M] = statistics(logits, targets);
-      auto [lse_M, logit_M] = combine(max_M, sum_M, target_M, *call->tp);
-      loss.add_((lse_M - logit_M).sum(at::kDouble));
+      const Rows rows_M = score_rows(logits, targets, *call->tp);
+      loss.add_((rows_M.lse_M - rows_M.target_M).sum(at::kDouble));
       if (!call->h_needs_grad && !head_trains) continue;
-      to_gradient(logits, lse_M, targets);
+      to_gradient(logits, rows_M.lse_M, targets);
       const at::Tensor dlogits = logits.to(h_ND.scalar_type());
       if (call->h_needs_grad) dh_MD.narrow(0, start, rows).copy_(at::mm(dlogits, w_VD));
       if (head_trains) dw_VD.narrow(0, 0, w_VD.size(0)).add_(matmul_to(dlogits.t(), h_chunk, leaf->scalar_type()));
@@ -122,10 +136,26 @@ at::Tensor cross_entropy(const at::Tensor& h_ND, const at::Tensor& target_rows_M
   auto call = c10::make_intrusive<Call>();
   call->head = head;
   call->tp = &tp;
-  const int64_t width = std::max<int64_t>(1, head.weight_VD.value.size(0));
-  call->chunk_rows = chunk_rows > 0 ? chunk_rows : std::max<int64_t>(16, kChunkElements / width);
+  call->chunk_rows = rows_at_once(head, chunk_rows);
   call->h_needs_grad = h_ND.requires_grad() && at::GradMode::is_enabled();
   return CrossEntropy::apply(h_ND, if_defined(head.weight_VD.leaf), target_rows_M, targets_M, std::move(call));
+}
+
+at::Tensor score(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
+                 const VocabularyHead& head, Communicator& tp, int64_t chunk_rows) {
+  const at::AutoGradMode no_grad(false);
+  const at::Tensor h_MD = h_ND.index_select(0, target_rows_M), w_VD = rows_VD(head);
+  const at::Tensor local_targets = targets_M - head.offset;
+  const at::Tensor sums = at::zeros({2}, h_ND.options().dtype(at::kDouble));
+  const int64_t step = rows_at_once(head, chunk_rows);
+  for (int64_t start = 0; start < h_MD.size(0); start += step) {
+    const int64_t rows = std::min(step, h_MD.size(0) - start);
+    const at::Tensor logits = matmul_to(h_MD.narrow(0, start, rows), w_VD.t(), logits_dtype(h_ND));
+    const Rows rows_M = score_rows(logits, local_targets.narrow(0, start, rows), tp);
+    sums[0] += (rows_M.lse_M - rows_M.target_M).sum(at::kDouble);
+    sums[1] += rows_M.target_M.eq(rows_M.max_M).sum();
+  }
+  return sums;
 }
 
 at::Tensor full_logits(const at::Tensor& h_MD, const VocabularyHead& head, Communicator& tp) {

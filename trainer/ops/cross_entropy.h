@@ -20,6 +20,11 @@ struct VocabularyHead {
 at::Tensor cross_entropy(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
                          const VocabularyHead& head, Communicator& tp, int64_t chunk_rows = 0);
 
+/// Collective over tp, without a gradient: float64 [2], the sum that cross_entropy gives and the number of targets
+/// whose logit no other exceeds. Traffic: vocabulary_loss 3 floats a target.
+at::Tensor score(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
+                 const VocabularyHead& head, Communicator& tp, int64_t chunk_rows = 0);
+
 /// Collective over tp. The logits of rows h_MD as every rank needs them for generation: [M, vocab_size], float32.
 at::Tensor full_logits(const at::Tensor& h_MD, const VocabularyHead& head, Communicator& tp);
 

@@ -123,12 +123,11 @@ int64_t group_of(int64_t index, int64_t size, int64_t r, Grouping grouping) {
   return index < cut ? index / (length + 1) : longer + (index - cut) / length;
 }
 
-at::Tensor group_matrix(int64_t size, int64_t r, Grouping grouping, bool wrap, const at::TensorOptions& options) {
-  at::Tensor map_RI = at::zeros({r, size}, options);
-  for (int64_t j = 0; j < size; ++j) map_RI[group_of(j, size, r, grouping)][j] += 1;
-  const int64_t padding = wrap && grouping == Grouping::modulo ? blocks_of(size, r) * r - size : 0;
-  for (int64_t j = 0; j < padding; ++j) map_RI[(size + j) % r][j] += 1;
-  return map_RI;
+/// The group of each of `size` features.
+at::Tensor groups(int64_t size, int64_t r, Grouping grouping, at::Device device) {
+  std::vector<int64_t> group(static_cast<size_t>(size));
+  for (int64_t j = 0; j < size; ++j) group[static_cast<size_t>(j)] = group_of(j, size, r, grouping);
+  return at::tensor(group, at::kLong).to(device);
 }
 
 at::Tensor rotation_delta(const at::Tensor& m_RR, int64_t in, int64_t out) {
@@ -194,9 +193,12 @@ std::vector<at::Tensor> MoraUpdate::backward(const at::Tensor& g_NO, const at::T
 at::Tensor mora_delta(const at::Tensor& m_RR, Grouping compress, Grouping decompress, int64_t in, int64_t out) {
   if (compress == Grouping::rotate) return rotation_delta(m_RR, in, out);
   const int64_t r = m_RR.size(0);
-  const at::Tensor in_RI = group_matrix(in, r, compress, /*wrap=*/true, m_RR.options());
-  const at::Tensor out_RO = group_matrix(out, r, decompress, /*wrap=*/false, m_RR.options());
-  return at::linalg_multi_dot({out_RO.t(), m_RR, in_RI});
+  const at::Tensor rows_OR = m_RR.index_select(0, groups(out, r, decompress, m_RR.device()));
+  const at::Tensor delta_OI = rows_OR.index_select(1, groups(in, r, compress, m_RR.device()));
+  // Modulo, the first inputs stand again behind the last, in the groups that follow.
+  const int64_t again = compress == Grouping::modulo ? blocks_of(in, r) * r - in : 0;
+  if (again > 0) delta_OI.narrow(1, 0, again).add_(rows_OR.narrow(1, in % r, again));
+  return delta_OI;
 }
 
 }  // namespace corank::ops
