@@ -283,10 +283,6 @@ INSTANTIATE_TEST_SUITE_P(Bases, Switching,
                                          Setting{.name = "nf4", .quantization = "nf4"}),
                          case_name);
 
-}
-}
-}
-
 /// What no rank can hold a part of.
 TEST(LinearsOfSeveralMatrices, AreRefusedByNameWhereTheyCannotBeSplit) {
   if (test_world().size() % 2 != 0) GTEST_SKIP() << "needs a split";
