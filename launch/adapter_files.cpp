@@ -41,8 +41,9 @@ void refuse_foreign_folder(const std::string& folder) {
 BaseWeights base_weights(const std::string& folder, const AdapterFile& adapter) {
   const auto reader = std::make_shared<LinearReader>(folder);
   ParameterStore store;
-  register_parameters(*make_method(adapter.config), reader->outline(), store, 0);
-  check_fits(adapter, store);
+  const auto method = make_method(adapter.config);
+  register_parameters(*method, reader->outline(), store, 0);
+  check_fits(*method, adapter, store);
   return [reader](const std::string& module) { return reader->read(module); };
 }
 

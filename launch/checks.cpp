@@ -75,10 +75,7 @@ AdapterConfig check_adapter_fits(const RunConfig& run, Model& model) {
   if (method->trains_base()) return adapter;
   ParameterStore store;
   register_parameters(*method, model, store, 0);
-  if (file) {
-    method->take_extra(file->tensors);
-    check_fits(*file, store);
-  }
+  if (file) check_fits(*method, *file, store);
   return adapter;
 }
 

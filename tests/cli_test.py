@@ -325,6 +325,7 @@ class Life(Case):
     def test_merged_is_the_base_with_its_adapter(self):
         for settings, overrides in (([], []), (["adapter.method=dora"], []), (["adapter.method=mora", "adapter.mora_type=6"], []),
                                     (["adapter.method=pissa"], []),
+                                    (["adapter.method=mora", "adapter.remora_steps=2", "adapter.remora_warmup_steps=1"], []),
                                     (["model.quantization=nf4"], ["model.quantization=nf4"]),
                                     (["model.quantization=int8", "adapter.modules_to_save=[lm_head]"], ["model.quantization=int8"])):
             with self.subTest(settings):

@@ -51,7 +51,7 @@ class MergedModel {
     }
     ParameterStore store;
     register_parameters(*method_, *model, store, 0);
-    check_fits(adapter, store);
+    check_fits(*method_, adapter, store);
     const std::vector<std::string> modules = adapted_modules(adapter);
     adapted_.insert(modules.begin(), modules.end());
   }

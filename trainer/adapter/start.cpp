@@ -42,6 +42,11 @@ void register_parameters(AdapterMethod& method, Model& model, ParameterStore& st
   }
 }
 
+void check_fits(AdapterMethod& method, AdapterFile adapter, const ParameterStore& store) {
+  method.take_extra(adapter.tensors);
+  check_fits(adapter, store);
+}
+
 void start_method(AdapterMethod& method, Model& model, ParameterStore& store, const Mesh& mesh, at::ScalarType dtype,
                   uint64_t seed, const AdapterFile* file) {
   register_parameters(method, model, store, seed);
