@@ -11,7 +11,39 @@ constexpr int kThreads = 256;
 constexpr int kTileRows = 64, kTileColumns = 128, kDepth = 16;
 constexpr int kFactorStride = kDepth + 8, kSumStride = kTileColumns + 4;  // padded against bank conflicts
 
+namespace wmma = nvcuda::wmma;
 using Factor = __nv_bfloat16;
+
+/// A warp's 16 rows and 64 columns of a block's tile, the product of a factor by rows and another by columns.
+struct WarpTile {
+  int row = threadIdx.x / 32 % 4 * 16, column = threadIdx.x / 128 * 64;
+  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums[4];
+
+  __device__ WarpTile() {
+#pragma unroll
+    for (auto& sum : sums) wmma::fill_fragment(sum, 0);
+  }
+
+  /// Adds the product of one depth. `right` is where this warp's columns begin, 16 of them `step` elements apart.
+  template <class Layout>
+  __device__ void add(const Factor* left_tile, const Factor* right, int step, int stride) {
+    wmma::fragment<wmma::matrix_a, 16, 16, 16, Factor, wmma::row_major> a;
+    wmma::load_matrix_sync(a, left_tile + row * kFactorStride, kFactorStride);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wmma::fragment<wmma::matrix_b, 16, 16, 16, Factor, Layout> b;
+      wmma::load_matrix_sync(b, right + i * step, stride);
+      wmma::mma_sync(sums[i], a, b, sums[i]);
+    }
+  }
+
+  __device__ void store(float* tile) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wmma::store_matrix_sync(tile + row * kSumStride + column + 16 * i, sums[i], kSumStride, wmma::mem_row_major);
+    }
+  }
+};
 
 /// Rows [first, first + Rows) and depths [depth, depth + kDepth) of a [count, r] factor; zeros beyond it. r % 8 == 0.
 template <int Rows>
@@ -31,11 +63,9 @@ template <int W>
 __global__ void __launch_bounds__(kThreads, 2)
     scaled_sum(Factor* __restrict__ q, const Factor* __restrict__ u, const Factor* __restrict__ b,
                const float* __restrict__ gamma, float scale, int64_t rows, int64_t width, int r) {
-  namespace wmma = nvcuda::wmma;
   __shared__ __align__(32) Factor u_tile[kTileRows * kFactorStride], b_tile[kTileColumns * kFactorStride];
   __shared__ __align__(32) float sums[kTileRows * kSumStride];
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows, first_column = int64_t{blockIdx.y} * kTileColumns;
-  const int warp_row = threadIdx.x / 32 % 4 * 16, warp_column = threadIdx.x / 128 * 64;
 
   constexpr int kPacks = kTileColumns / W, kMine = kTileRows * kPacks / kThreads;
   Pack<Factor, W> mine[kMine];  // read while the product is made
@@ -53,28 +83,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (place >= 0) mine[i] = load<W>(q, place);
   }
 
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[4];
-#pragma unroll
-  for (auto& part : sum) wmma::fill_fragment(part, 0);
+  WarpTile part;
   for (int depth = 0; depth < r; depth += kDepth) {
     stage<kTileRows>(u_tile, u, first_row, rows, depth, r);
     stage<kTileColumns>(b_tile, b, first_column, width, depth, r);
     __syncthreads();
-    wmma::fragment<wmma::matrix_a, 16, 16, 16, Factor, wmma::row_major> left;
-    wmma::load_matrix_sync(left, u_tile + warp_row * kFactorStride, kFactorStride);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wmma::fragment<wmma::matrix_b, 16, 16, 16, Factor, wmma::col_major> right;
-      wmma::load_matrix_sync(right, b_tile + (warp_column + 16 * i) * kFactorStride, kFactorStride);
-      wmma::mma_sync(sum[i], left, right, sum[i]);
-    }
+    part.add<wmma::col_major>(u_tile, b_tile + part.column * kFactorStride, 16 * kFactorStride, kFactorStride);
     __syncthreads();
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    wmma::store_matrix_sync(sums + warp_row * kSumStride + warp_column + 16 * i, sum[i], kSumStride,
-                            wmma::mem_row_major);
-  }
+  part.store(sums);
   __syncthreads();
 
 #pragma unroll
@@ -97,12 +114,10 @@ constexpr int kTilesOfBlock = 4, kInputStride = kTileColumns + 8;
 __global__ void __launch_bounds__(kThreads, 2)
     squared_rows(const Factor* __restrict__ w, const Factor* __restrict__ a, const Factor* __restrict__ b, float scale,
                  float* __restrict__ partial, int64_t rows, int64_t width, int r) {
-  namespace wmma = nvcuda::wmma;
   constexpr int kPacks = kTileColumns / 8, kMine = kTileRows * kPacks / kThreads;
   __shared__ __align__(32) Factor b_tile[kTileRows * kFactorStride], a_tile[kDepth * kInputStride];
   __shared__ __align__(32) float sums[kTileRows * kSumStride];
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
-  const int warp_row = threadIdx.x / 32 % 4 * 16, warp_column = threadIdx.x / 128 * 64;
   const int my_row = threadIdx.x / kPacks, my_column = threadIdx.x % kPacks * 8;  // and every 16th row below
   float squares[kMine] = {};
   for (int tile = 0; tile < kTilesOfBlock; ++tile) {
@@ -115,9 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t row = first_row + my_row + i * (kThreads / kPacks);
       mine[i] = inside && row < rows ? load<8>(w, (row * width + first_column + my_column) / 8) : Pack<Factor, 8>{};
     }
-    wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[4];
-#pragma unroll
-    for (auto& part : sum) wmma::fill_fragment(part, 0);
+    WarpTile part;
     for (int depth = 0; depth < r; depth += kDepth) {
       stage<kTileRows>(b_tile, b, first_row, rows, depth, r);
       const Pack<Factor, 8> inputs = inside && depth + my_row < r
@@ -125,21 +138,10 @@ __global__ void __launch_bounds__(kThreads, 2)
                                          : Pack<Factor, 8>{};
       store<8>(a_tile, (my_row * kInputStride + my_column) / 8, inputs);
       __syncthreads();
-      wmma::fragment<wmma::matrix_a, 16, 16, 16, Factor, wmma::row_major> left;
-      wmma::load_matrix_sync(left, b_tile + warp_row * kFactorStride, kFactorStride);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        wmma::fragment<wmma::matrix_b, 16, 16, 16, Factor, wmma::row_major> right;
-        wmma::load_matrix_sync(right, a_tile + warp_column + 16 * i, kInputStride);
-        wmma::mma_sync(sum[i], left, right, sum[i]);
-      }
+      part.add<wmma::row_major>(b_tile, a_tile + part.column, 16, kInputStride);
       __syncthreads();
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wmma::store_matrix_sync(sums + warp_row * kSumStride + warp_column + 16 * i, sum[i], kSumStride,
-                              wmma::mem_row_major);
-    }
+    part.store(sums);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
