@@ -80,8 +80,8 @@ class MoraAdapter : public Adapter {
  private:
   void bind(const ops::Weight& m_RR) {
     m_RR_ = m_RR;
-    const int64_t side = m_RR.value.size(0);
-    if (side % 2 == 0) rotation_ = ops::rotation_of(side, in_.size, out_.size, m_RR.value.options());
+    if (type_->compress != ops::Grouping::rotate) return;  // and never will: restarts change between groups
+    rotation_ = ops::rotation_of(m_RR.value.size(0), in_.size, out_.size, m_RR.value.options());
   }
 
   ops::Extent in_, out_;

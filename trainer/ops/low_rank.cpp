@@ -52,26 +52,21 @@ std::vector<at::Tensor> LowRankUpdate::backward(const at::Tensor& g_NO, const at
   return std::move(grads.leaves);
 }
 
-DiagonalUpdate::DiagonalUpdate(LowRank f, Weight e_R1)
-    : a_RI_(f.a_RI),
-      e_R1_(std::move(e_R1)),
-      scaled_({{e_R1_.value * f.a_RI.value, f.a_RI.leaf}, f.b_OR, f.scale, f.dropout}) {}
+DiagonalUpdate::DiagonalUpdate(const LowRank& f, Weight e_R1)
+    : LowRankUpdate({{e_R1.value * f.a_RI.value, f.a_RI.leaf}, f.b_OR, f.scale, f.dropout}),
+      a_RI_(f.a_RI),
+      e_R1_(std::move(e_R1)) {}
 
 std::vector<at::Tensor> DiagonalUpdate::leaves() const {
-  std::vector<at::Tensor> leaves = scaled_.leaves();
+  std::vector<at::Tensor> leaves = LowRankUpdate::leaves();
   leaves.push_back(e_R1_.leaf);
   return leaves;
-}
-
-at::Tensor DiagonalUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
-                                   std::vector<at::Tensor>& saved) const {
-  return scaled_.forward(x_NI, w, bias_O, saved);
 }
 
 std::vector<at::Tensor> DiagonalUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
                                                  const std::vector<at::Tensor>& saved, bool needs_dx,
                                                  at::Tensor& dx_NI) const {
-  std::vector<at::Tensor> grads = scaled_.backward(g_NO, x_NI, w, saved, needs_dx, dx_NI);
+  std::vector<at::Tensor> grads = LowRankUpdate::backward(g_NO, x_NI, w, saved, needs_dx, dx_NI);
   const at::Tensor of_e_R1 = (grads[0] * a_RI_.value).sum(1, /*keepdim=*/true);
   grads[0] = grads[0] * e_R1_.value;
   grads.push_back(of_e_R1);

@@ -35,19 +35,16 @@ class LowRankUpdate : public Update {
 
 /// s B diag(e) A, AdaLoRA's form (arXiv 2303.10512; methods 7.1): LoRA whose first factor is diag(e) A. Leaves A, B, e.
 /// With G the gradient of that factor: dA = e G, de = row sums of G A.
-class DiagonalUpdate : public Update {
+class DiagonalUpdate : public LowRankUpdate {
  public:
-  DiagonalUpdate(LowRank factors, Weight e_R1);
+  DiagonalUpdate(const LowRank& factors, Weight e_R1);
   std::vector<at::Tensor> leaves() const override;
-  at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
-                     std::vector<at::Tensor>& saved) const override;
   std::vector<at::Tensor> backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
                                    const std::vector<at::Tensor>& saved, bool needs_dx,
                                    at::Tensor& dx_NI) const override;
 
  private:
   Weight a_RI_, e_R1_;
-  LowRankUpdate scaled_;
 };
 
 /// LowRank as the layer's device reads it best.
