@@ -4,9 +4,11 @@ import re
 import xml.etree.ElementTree as xml
 
 METHODS = ("lora", "rslora", "dora", "adalora", "mora", "pissa", "full")
+OTHER = "other"  # what is about none of them, or about a method that is missing above
 FORMATS = ("nf4", "int8")
 COLUMNS = ("parity", "conformance", *(f"on {name}" for name in FORMATS), "mutants", "layouts", "resume")
-PROGRAMS = {"golden_test": "parity", "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}
+PROGRAMS = {"golden_test": "parity", "parity_test": "parity", "merge_test": "parity",
+            "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}
 SUITES = {"Topology": "layouts", "Resume": "resume"}  # of topology_cases.h: LoRA where a case names no method
 
 
@@ -43,8 +45,8 @@ class MethodCounts:
         """The cases of `program`'s GoogleTest report (XML text); what was skipped does not count."""
         for case in xml.fromstring(report).iter("testcase"):
             suite, name = case.get("classname"), case.get("name")
-            method, column = method_of(suite, name), column_of(program, suite, name)
-            if method and column and case.find("skipped") is None:
+            method, column = method_of(suite, name) or OTHER, column_of(program, suite, name)
+            if column and case.find("skipped") is None:
                 self.counts.setdefault((method, column), [0, 0])[case.find("failure") is not None] += 1
 
     def lines(self):
@@ -53,7 +55,8 @@ class MethodCounts:
             passed, failed = self.counts.get((method, column), (0, 0))
             return f"{passed} ({failed} failed)" if failed else str(passed or "-")
 
-        rows = [("method", *COLUMNS)] + [(method, *(cell(method, column) for column in COLUMNS)) for method in METHODS]
+        rows = [("method", *COLUMNS)] + [(method, *(cell(method, column) for column in COLUMNS))
+                                         for method in (*METHODS, OTHER)]
         widths = [max(map(len, column)) for column in zip(*rows)]
         return ["  ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths)))
                 for row in rows]

@@ -666,6 +666,7 @@ class CountTest(unittest.TestCase):
 
     def test_the_column_of_a_case(self):
         for program, suite, case, column in (("golden_test", "Cases/LoraGolden", "LogitsMatch/dora", "parity"),
+                                             ("parity_test", "Row07", "AdaLoraLayer", "parity"),
                                              ("conformance_mpi_test", "Conformance/Runs", "A/mora_6_nf4", "on nf4"),
                                              ("conformance_mpi_test", "Conformance/Runs", "A/mora_6", "conformance"),
                                              ("methods_mpi_test", "Methods/Topology", "A/nf4", "layouts"),
@@ -675,6 +676,7 @@ class CountTest(unittest.TestCase):
 
     def test_the_table_adds_up_programs_and_tells_failures(self):
         report = ('<testsuites><testsuite><testcase name="A/dora" classname="Cases/LoraGolden"/>'
+                  '<testcase name="A/unheard_of" classname="Methods/Runs"/>'
                   '<testcase name="B/dora" classname="Cases/LoraGolden"><failure/></testcase>'
                   '<testcase name="C/dora" classname="Cases/LoraGolden"><skipped/></testcase></testsuite></testsuites>')
         counts = MethodCounts()
@@ -684,6 +686,7 @@ class CountTest(unittest.TestCase):
         self.assertEqual(lines[0].split()[:3], ["method", "parity", "conformance"])
         self.assertIn("2 (2 failed)", next(line for line in lines if line.startswith("dora")))
         self.assertEqual(set(lines[1].split()), {"lora", "-"})
+        self.assertEqual(lines[-1].split()[:2], ["other", "2"])
 
 
 if __name__ == "__main__":
