@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
 #include "configs/error.h"
 #include "trainer/adapter/start.h"
@@ -36,6 +37,13 @@ void refuse_foreign_folder(const std::string& folder) {
   if (!fs::is_directory(folder) || fs::is_empty(folder) || fs::exists(fs::path(folder) / "adapter_config.json")) return;
   throw ConfigError(fmt::format(
       "--out: {} holds other files and no earlier adapter (adapter_config.json). Choose a new folder.", folder));
+}
+
+nlohmann::ordered_json summary(const std::string& path, const AdapterFile& adapter) {
+  return {{"path", path},
+          {"tensors", adapter.tensors.size()},
+          {"r", adapter.config.r},
+          {"lora_alpha", adapter.config.lora_alpha}};
 }
 
 BaseWeights base_weights(const std::string& folder, const AdapterFile& adapter) {

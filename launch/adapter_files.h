@@ -1,4 +1,5 @@
 #pragma once
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "trainer/adapter/adapter_file.h"
@@ -14,6 +15,9 @@ AdapterFile read_checked(const std::string& path);
 void refuse_own_input(const std::string& input, const std::string& output);
 /// ConfigError where `folder` holds something else than an earlier adapter: nothing is mixed with it.
 void refuse_foreign_folder(const std::string& folder);
+
+/// What --json says of an adapter written to `path`.
+nlohmann::ordered_json summary(const std::string& path, const AdapterFile& adapter);
 
 /// The weights of model folder `folder`, after a check that `adapter` fits it.
 BaseWeights base_weights(const std::string& folder, const AdapterFile& adapter);

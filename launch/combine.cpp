@@ -40,11 +40,7 @@ int run_combine(const Arguments& a) {
   refuse_foreign_folder(a.output);
   const AdapterFile result = combine(read_all(a), a.how, a.rank);
   write_peft_folder(a.output, result);
-  const nlohmann::ordered_json object{{"path", a.output},
-                                      {"tensors", result.tensors.size()},
-                                      {"r", result.config.r},
-                                      {"lora_alpha", result.config.lora_alpha}};
-  fmt::print("{}\n", a.json ? object.dump()
+  fmt::print("{}\n", a.json ? summary(a.output, result).dump()
                             : fmt::format("{}: {} adapters by {}, plain LoRA of rank {}, {} tensors.", a.output,
                                           a.inputs.size(), a.how, result.config.r, result.tensors.size()));
   return 0;

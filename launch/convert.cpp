@@ -19,13 +19,6 @@ struct Arguments {
   bool json = false;
 };
 
-nlohmann::ordered_json summary(const Arguments& a, const AdapterFile& adapter) {
-  return {{"path", a.output},
-          {"tensors", adapter.tensors.size()},
-          {"r", adapter.config.r},
-          {"lora_alpha", adapter.config.lora_alpha}};
-}
-
 /// What was written: one JSON object, or a sentence.
 void report(const Arguments& a, const nlohmann::ordered_json& object, const std::string& text) {
   fmt::print("{}\n", a.json ? object.dump() : text);
@@ -36,7 +29,7 @@ int export_peft(const Arguments& a, const AdapterFile& adapter) {
     throw ConfigError("--r, --max-error and --base belong to --as plain-lora. Leave them out, or add it.");
   }
   write_peft_folder(a.output, adapter);
-  report(a, summary(a, adapter),
+  report(a, summary(a.output, adapter),
          fmt::format("{}: {} tensors. {}", a.output, adapter.tensors.size(), make_method(adapter.config)->consumers()));
   return 0;
 }
@@ -61,7 +54,7 @@ int export_plain_lora(const Arguments& a, const AdapterFile& adapter) {
   if (!a.base.empty()) options.base = base_weights(a.base, adapter);
   const PlainLora plain = to_plain_lora(adapter, options);
   write_peft_folder(a.output, plain.file);
-  nlohmann::ordered_json object = summary(a, plain.file);
+  nlohmann::ordered_json object = summary(a.output, plain.file);
   for (const auto& [module, error] : plain.errors) object["errors"][module] = error;
   report(a, object,
          fmt::format("{}: plain LoRA of rank {}, {} tensors. {}", a.output, plain.file.config.r,
@@ -81,7 +74,7 @@ int run_import(const Arguments& a) {
   refuse_own_input(a.input, a.output);
   const AdapterFile adapter = read_checked(a.input);
   write_file_atomically(a.output, adapter_h5_image(adapter));
-  report(a, summary(a, adapter),
+  report(a, summary(a.output, adapter),
          fmt::format("{}: {} tensors, rank {}, alpha {}", a.output, adapter.tensors.size(), adapter.config.r,
                      adapter.config.lora_alpha));
   return 0;
