@@ -116,7 +116,7 @@ at::Tensor padded(const at::Tensor& m_RR) {
 /// Each row of c, in all its blocks, through `m`.
 at::Tensor through(const at::Tensor& c, const at::Tensor& m) { return at::mm(c.flatten(0, -2), m).view(c.sizes()); }
 
-/// The column of `all` features that an input's group reads, and the group; see Grouping.
+/// The group of one of `size` features; see Grouping.
 int64_t group_of(int64_t index, int64_t size, int64_t r, Grouping grouping) {
   if (grouping == Grouping::modulo) return index % r;
   const int64_t length = size / r, longer = size % r, cut = longer * (length + 1);
@@ -130,17 +130,32 @@ at::Tensor groups(int64_t size, int64_t r, Grouping grouping, at::Device device)
   return at::tensor(group, at::kLong).to(device);
 }
 
+/// The matrix after the turn of block b: entry [i, l] is M[i, l] cos + M[i, l + R/2] sin in the first half of the
+/// columns and M[i, l] cos - M[i, l - R/2] sin in the second.
+at::Tensor turned_matrix(const at::Tensor& m_RR, int64_t b) {
+  const int64_t half = m_RR.size(0) / 2;
+  std::vector<float> cos, sin;
+  for (int64_t l = 0; l < half; ++l) {
+    const float inverse = std::pow(10000.0F, -2.0F * static_cast<float>(l) / static_cast<float>(2 * half));
+    cos.push_back(std::cos(static_cast<float>(b) * inverse));
+    sin.push_back(std::sin(static_cast<float>(b) * inverse));
+  }
+  const at::Tensor cos_H = at::tensor(cos).to(m_RR), sin_H = at::tensor(sin).to(m_RR);
+  const at::Tensor first = m_RR.narrow(1, 0, half), second = m_RR.narrow(1, half, half);
+  return at::cat({first * cos_H + second * sin_H, second * cos_H - first * sin_H}, 1);
+}
+
+/// Output p of block b = p / R reads that block's inputs; behind the last input the first stand again, and outputs
+/// beyond all blocks repeat them.
 at::Tensor rotation_delta(const at::Tensor& m_RR, int64_t in, int64_t out) {
-  const int64_t r = m_RR.size(0), half = r / 2, period = blocks_of(in, r) * r;
+  const int64_t r = m_RR.size(0), period = blocks_of(in, r) * r;
   at::Tensor delta_OI = at::zeros({out, in}, m_RR.options());
-  for (int64_t p = 0; p < out; ++p) {
-    const int64_t b = p % period / r, i = p % period % r;
-    for (int64_t l = 0; l < r; ++l) {
-      const float inverse = std::pow(10000.0F, -2.0F * static_cast<float>(l % half) / static_cast<float>(r));
-      const float angle = static_cast<float>(b) * inverse;
-      const at::Tensor partner = l < half ? m_RR[i][l + half] : -m_RR[i][l - half];
-      delta_OI[p][(b * r + l) % in] += m_RR[i][l] * std::cos(angle) + partner * std::sin(angle);
-    }
+  for (int64_t p = 0; p < out; p += r) {
+    const int64_t begin = p % period, rows = std::min(r, out - p), before_end = std::min(r, in - begin);
+    const at::Tensor turned = turned_matrix(m_RR, begin / r).narrow(0, 0, rows);
+    const at::Tensor block_OI = delta_OI.narrow(0, p, rows);
+    block_OI.narrow(1, begin, before_end).add_(turned.narrow(1, 0, before_end));
+    block_OI.narrow(1, 0, r - before_end).add_(turned.narrow(1, before_end, r - before_end));
   }
   return delta_OI;
 }

@@ -55,8 +55,7 @@ class MoraUpdate : public Update {
   at::Tensor padded_;  ///< the matrix with zeros up to the width of compressed rows
 };
 
-/// The update as a dense [O, I] matrix, entry by entry from the index formulas: the twin in tests, and what merging
-/// adds.
+/// The update as a dense [O, I] matrix, from the index formulas: the twin in tests, and what merging adds.
 at::Tensor mora_delta(const at::Tensor& m_RR, Grouping compress, Grouping decompress, int64_t in, int64_t out);
 
 }  // namespace corank::ops
