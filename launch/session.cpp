@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "data/file.h"
+#include "launch/adapter_files.h"
 #include "trainer/adapter/start.h"
 #include "trainer/agree.h"
 
@@ -18,12 +19,6 @@ namespace {
 std::unique_ptr<Mesh> make_mesh(const RunConfig& run, const World& world, Ledger& ledger) {
   auto all = make_communicator(run.parallel.backend, world, ledger);
   return std::make_unique<Mesh>(std::move(all), static_cast<int>(run.parallel.tensor));
-}
-
-AdapterFile read_checked(const std::string& path) {
-  AdapterFile file = read_adapter(path);
-  check_adapter(file, path);
-  return file;
 }
 
 }  // namespace
