@@ -557,35 +557,65 @@ TEST_F(GpuKernels, ScaledLowRankSumPlantedErrorsAreFound) {
 TEST_F(GpuKernels, SquaredRowNorms) {
   for (const auto& [out, in] : {std::pair{1, 8}, {100, 576}, {257, 1048}, {64, 4096}}) {
     for (const int64_t rank : {8, 16, 24, 128}) {
-      const at::Tensor w = normal({out, in}, at::kBFloat16), a = normal({rank, in}, at::kBFloat16);
-      const at::Tensor b = normal({out, rank}, at::kBFloat16);
+      const at::Tensor w = normal({out, in}, at::kBFloat16), w2 = normal({out, in}, at::kBFloat16);
+      const at::Tensor a = normal({rank, in}, at::kBFloat16), b = normal({out, rank}, at::kBFloat16);
       const at::Tensor expected = (wide(w) + 0.3 * at::mm(wide(b), wide(a))).square().sum(1);
-      const at::Tensor got = cuda::squared_row_norms(gpu(w), gpu(a), gpu(b), 0.3).sum(0);
+      const at::Tensor got = cuda::squared_row_norms({gpu(w2), gpu(w)}, {gpu(a), gpu(a)}, {gpu(b), gpu(b)}, 0.3)[1];
       EXPECT_TRUE(close(got, expected)) << out << " x " << in << ", rank " << rank;
       EXPECT_FALSE(close(got, (wide(w) + 0.31 * at::mm(wide(b), wide(a))).square().sum(1)));
     }
   }
 }
 
-TEST_F(GpuKernels, ScaleAndDot) {
-  for_types_and_shapes({1, 8, 100, 576, 5000, 8192}, [](at::ScalarType type, int64_t rows, int64_t width) {
-    const at::Tensor g = normal({rows, width}, type), z = normal({rows, width}, type),
-                     gamma = normal({width}, at::kFloat);
-    const at::Tensor factor = normal({width}, at::kFloat);
-    const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma), gpu(factor));
-    EXPECT_TRUE(close(h, wide(g) * wide(gamma)));
-    EXPECT_TRUE(close(dots, (wide(g) * wide(z)).sum(0) * wide(factor)));
-    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu_misaligned(g), gpu(z), gpu(gamma), gpu(factor)).first, h));
-    EXPECT_TRUE(same_values(cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma), gpu(factor)).second, dots));
-  });
+struct DoraGradientsCase {
+  at::Tensor g_NO, z_NO, u_NR, gamma_O, factor_O;
+};
+
+DoraGradientsCase dora_gradients_case(int64_t rows, int64_t width, int64_t rank) {
+  return {normal({rows, width}, at::kBFloat16), normal({rows, width}, at::kBFloat16),
+          normal({rows, rank}, at::kBFloat16), normal({width}, at::kFloat), normal({width}, at::kFloat)};
 }
 
-TEST_F(GpuKernels, ScaleAndDotPlantedErrorsAreFound) {
-  const at::Tensor g = normal({257, 576}, at::kBFloat16), z = normal({257, 576}, at::kBFloat16);
-  const at::Tensor gamma = normal({576}, at::kFloat);
-  const auto [h, dots] = cuda::scale_and_dot(gpu(g), gpu(z), gpu(gamma), gpu(at::ones({576})));
-  EXPECT_FALSE(close(h, wide(g) * wide(gamma).roll(1)));
-  EXPECT_FALSE(close(dots, (wide(g) * wide(z)).narrow(0, 0, 256).sum(0)));
+bool agrees(const std::tuple<at::Tensor, at::Tensor, at::Tensor>& got, const DoraGradientsCase& c) {
+  const auto& [h_NO, dm_O, hu_OR] = got;
+  const at::Tensor dots_O = (wide(c.g_NO) * wide(c.z_NO)).sum(0) * wide(c.factor_O);
+  return close(h_NO, wide(c.g_NO) * wide(c.gamma_O)) && close(dm_O, dots_O) &&
+         close(hu_OR, at::mm(wide(h_NO.cpu()).t(), wide(c.u_NR)));
+}
+
+TEST_F(GpuKernels, DoraGradients) {
+  for (const int64_t rows : {1, 7, 256, 601}) {
+    for (const int64_t width : {1, 100, 576, 4096}) {
+      for (const int64_t rank : {8, 16, 24, 128}) {
+        const DoraGradientsCase c = dora_gradients_case(rows, width, rank);
+        const auto run = [&](const at::Tensor& g_NO) {
+          return cuda::dora_gradients(g_NO, gpu(c.z_NO), gpu(c.u_NR), gpu(c.gamma_O), gpu(c.factor_O));
+        };
+        const auto got = run(gpu(c.g_NO)), again = run(gpu(c.g_NO));
+        EXPECT_TRUE(agrees(got, c)) << rows << " x " << width << ", rank " << rank;
+        EXPECT_TRUE(agrees(run(gpu_misaligned(c.g_NO)), c)) << rows << " x " << width << ", rank " << rank;
+        EXPECT_TRUE(same_values(std::get<1>(got), std::get<1>(again)));
+        EXPECT_TRUE(same_values(std::get<2>(got), std::get<2>(again)));
+      }
+    }
+  }
+}
+
+TEST_F(GpuKernels, DoraGradientsPlantedErrorsAreFound) {
+  const DoraGradientsCase c = dora_gradients_case(257, 576, 24);
+  const auto got = cuda::dora_gradients(gpu(c.g_NO), gpu(c.z_NO), gpu(c.u_NR), gpu(c.gamma_O), gpu(c.factor_O));
+  DoraGradientsCase shifted = c, short_sum = c, short_product = c, short_rank = c;
+  shifted.gamma_O = c.gamma_O.roll(1);
+  short_sum.z_NO = c.z_NO.clone();
+  short_sum.z_NO[256].zero_();
+  short_product.u_NR = c.u_NR.clone();
+  short_product.u_NR[256].zero_();
+  short_rank.u_NR = c.u_NR.clone();
+  short_rank.u_NR.narrow(1, 23, 1).zero_();
+  EXPECT_TRUE(agrees(got, c));
+  for (const DoraGradientsCase& wrong : {shifted, short_sum, short_product, short_rank}) {
+    EXPECT_FALSE(agrees(got, wrong));
+  }
 }
 
 // ---- MoRA
@@ -685,7 +715,10 @@ TEST_F(GpuKernels, EmptyInputsGiveEmptyOutputs) {
   EXPECT_EQ(cuda::swiglu_backward(none, none, none).second.numel(), 0);
   EXPECT_EQ(run_dropout(none, Dropout{0.1, 1, integers(0, 1, 0), 0}).numel(), 0);
   const at::Tensor gamma = gpu(normal({576}, at::kFloat));
-  EXPECT_TRUE(same_values(cuda::scale_and_dot(none, none, gamma, gamma).second, at::zeros({576})));
+  const at::Tensor none_of_rank = gpu(normal({0, 8}, at::kBFloat16));
+  const auto [h, dm, hu] = cuda::dora_gradients(none, none, none_of_rank, gamma, gamma);
+  EXPECT_TRUE(same_values(dm, at::zeros({576})));
+  EXPECT_TRUE(same_values(hu, at::zeros({576, 8})));
   cuda::scaled_low_rank_sum(none, gpu(normal({0, 8}, at::kBFloat16)), gpu(normal({576, 8}, at::kBFloat16)), 1, gamma);
   const RopeCase c = rope_case(at::kBFloat16, 0, 9, 64);
   EXPECT_EQ(run_rope(c, gpu(c.x_NHd), 1).numel(), 0);
@@ -773,7 +806,9 @@ TEST_F(GpuKernels, WrongArgumentsAreRefused) {
   EXPECT_THROW(cuda::swiglu_forward(x, x.narrow(0, 0, 6)), c10::Error);
   EXPECT_THROW(cuda::softmax_statistics(x, gpu(outside(6))), c10::Error);
   EXPECT_THROW(run_dropout(x, Dropout{0.1, 1, outside(6), 0}), c10::Error);
-  EXPECT_THROW(cuda::scale_and_dot(x, x, weight.narrow(0, 0, 63), weight), c10::Error);
+  const at::Tensor narrow = x.to(at::kBFloat16), u = gpu(normal({7, 8}, at::kBFloat16));
+  EXPECT_THROW(cuda::dora_gradients(narrow, narrow, u, weight.narrow(0, 0, 63), weight), c10::Error);
+  EXPECT_THROW(cuda::dora_gradients(narrow, narrow, u.narrow(1, 0, 4).contiguous(), weight, weight), c10::Error);
   ScaledSumCase twelve = scaled_sum_case(7, 64, 12);
   EXPECT_THROW(run_scaled_sum(twelve), c10::Error);
   Nf4 w = nf4_quantise(normal({7, 64}, at::kFloat), true).to(kGpu);

@@ -3,6 +3,7 @@
 
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "trainer/ops/dropout.h"
 #include "trainer/ops/mora.h"
@@ -46,13 +47,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tens
 /// One rounding.
 void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const at::Tensor& b_OR, double scale,
                          const at::Tensor& gamma_O);
-/// Squares of the row norms of W + scale B A, in parts [P, O] float32 that add up to them; W [O, I], A [R, I], B [O, R]
-/// bfloat16, R and I multiples of 8.
-at::Tensor squared_row_norms(const at::Tensor& w_OI, const at::Tensor& a_RI, const at::Tensor& b_OR, double scale);
-/// (gamma g [N, O], factor times the sum over N of g z [O] float32); gamma, factor [O] float32. The order of the sum is
-/// fixed.
-std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
-                                                const at::Tensor& gamma_O, const at::Tensor& factor_O);
+/// Squares of the row norms of each W + scale B A [M, O] float32, of up to kMostRowNorms of one shape; W [O, I],
+/// A [R, I], B [O, R] bfloat16, R and I multiples of 8.
+constexpr size_t kMostRowNorms = 64;
+at::Tensor squared_row_norms(const std::vector<at::Tensor>& w_OI, const std::vector<at::Tensor>& a_RI,
+                             const std::vector<at::Tensor>& b_OR, double scale);
+/// (h = gamma g [N, O], factor times the sum over N of g z [O], h^T u [O, R]) in one pass; g, z, u [N, R] and h
+/// bfloat16, R a multiple of 8, the rest float32. The order of the sums is fixed.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dora_gradients(const at::Tensor& g_NO, const at::Tensor& z_NO,
+                                                              const at::Tensor& u_NR, const at::Tensor& gamma_O,
+                                                              const at::Tensor& factor_O);
 
 /// The maps of MoRA and their adjoints; x, g [N, this rank's features]. Compressed rows are [N, P] or, with rotation,
 /// [N, blocks, P], with P the side of the matrix rounded up to a multiple of 8, zeros beyond the side. What is added to

@@ -1,9 +1,13 @@
 #include "trainer/ops/dora.h"
 
+#include <algorithm>
+
 #include "trainer/ops/cuda.h"
 
 namespace corank::ops {
 namespace {
+
+constexpr size_t kBatchBytes = size_t{32} << 20;  // of dense weights
 
 /// x times one number a column, in the higher precision of the two, rounded once to x's dtype.
 at::Tensor scale_columns(const at::Tensor& x_NO, const at::Tensor& factor_O) {
@@ -11,20 +15,50 @@ at::Tensor scale_columns(const at::Tensor& x_NO, const at::Tensor& factor_O) {
   return at::mul_out(y_NO, x_NO, factor_O);
 }
 
+bool on_matrix_units(const at::Tensor& t) { return t.is_cuda() && t.scalar_type() == at::kBFloat16; }
+
 /// q = gamma (q + s u B^T), in place.
 void scaled_sum(at::Tensor& q_NO, const at::Tensor& u_NR, const LowRank& f, const at::Tensor& gamma_O) {
-  if (q_NO.is_cuda() && q_NO.scalar_type() == at::kBFloat16) {
+  if (on_matrix_units(q_NO)) {
     return cuda::scaled_low_rank_sum(q_NO, u_NR, f.b_OR.value, f.scale, gamma_O);
   }
   q_NO.addmm_(u_NR, f.b_OR.value.t(), /*beta=*/1, /*alpha=*/f.scale);
   at::mul_out(q_NO, q_NO, gamma_O);
 }
 
-/// (gamma g, factor times the sum over tokens of g z).
-std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
-                                                const at::Tensor& gamma_O, const at::Tensor& factor_O) {
-  if (g_NO.is_cuda() && cuda::has_kernel(g_NO)) return cuda::scale_and_dot(g_NO, z_NO, gamma_O, factor_O);
-  return {scale_columns(g_NO, gamma_O), (g_NO.to(gamma_O.scalar_type()) * z_NO).sum(0).mul_(factor_O)};
+struct Behind {
+  at::Tensor h_NO;   ///< gamma g
+  at::Tensor dm_O;   ///< factor times the sum over tokens of g z
+  at::Tensor hu_OR;  ///< h^T u
+};
+
+Behind behind(const at::Tensor& g_NO, const at::Tensor& z_NO, const at::Tensor& u_NR, const at::Tensor& gamma_O,
+              const at::Tensor& factor_O) {
+  if (on_matrix_units(g_NO)) {
+    const auto [h_NO, dm_O, hu_OR] = cuda::dora_gradients(g_NO, z_NO, u_NR, gamma_O, factor_O);
+    return {h_NO, dm_O, hu_OR};
+  }
+  const auto master = gamma_O.scalar_type();
+  const at::Tensor h_NO = scale_columns(g_NO, gamma_O);
+  return {h_NO, (g_NO.to(master) * z_NO).sum(0).mul_(factor_O), matmul_to(h_NO.t(), u_NR, master)};
+}
+
+/// Several small linears in one launch, which alone would not fill a GPU.
+at::Tensor squared_row_norms_in_batches(const std::vector<const Matrix*>& weights,
+                                        const std::vector<LowRank>& factors) {
+  const auto dense_bytes = 2 * static_cast<size_t>(factors[0].b_OR.value.size(0) * factors[0].a_RI.value.size(1));
+  const size_t batch = std::clamp(kBatchBytes / dense_bytes, size_t{1}, cuda::kMostRowNorms);
+  std::vector<at::Tensor> squares, w, a, b;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const LowRank f = aligned(factors[i]);
+    w.push_back(weights[i]->dense_OI());
+    a.push_back(f.a_RI.value);
+    b.push_back(f.b_OR.value);
+    if (w.size() < batch && i + 1 < weights.size()) continue;
+    squares.push_back(cuda::squared_row_norms(w, a, b, f.scale));
+    for (auto* batched : {&w, &a, &b}) batched->clear();
+  }
+  return at::cat(squares);
 }
 
 }  // namespace
@@ -54,9 +88,9 @@ std::vector<at::Tensor> DoraUpdate::backward(const at::Tensor& g_NO, const at::T
                                              const std::vector<at::Tensor>& saved, bool needs_dx,
                                              at::Tensor& dx_NI) const {
   const bool dropped = f_.dropout.active();
-  const auto [h_NO, dm_O] =
-      scale_and_dot(g_NO, saved[1], s_.gamma_O, dropped ? s_.inverse_norm_O : s_.inverse_magnitude_O);
-  LowRankGradients grads = low_rank_gradients(f_, h_NO, dropout(x_NI, f_.dropout), saved[0]);
+  const auto [h_NO, dm_O, hu_OR] =
+      behind(g_NO, saved[1], saved[0], s_.gamma_O, dropped ? s_.inverse_norm_O : s_.inverse_magnitude_O);
+  LowRankGradients grads = low_rank_gradients(f_, h_NO, dropout(x_NI, f_.dropout), hu_OR);
   grads.leaves.push_back(dm_O);
   if (!needs_dx) return std::move(grads.leaves);
   const at::Tensor w_OI = w.dense_OI();
@@ -77,14 +111,8 @@ at::Tensor squared_row_norms(const at::Tensor& w_OI, at::ScalarType dtype) {
 
 at::Tensor squared_row_norms(const at::Tensor& base_squares_MO, const std::vector<const Matrix*>& weights,
                              const std::vector<LowRank>& factors) {
-  const at::Tensor& first_a_RI = factors.front().a_RI.value;
-  if (first_a_RI.is_cuda() && first_a_RI.scalar_type() == at::kBFloat16 && first_a_RI.size(1) % 8 == 0) {
-    std::vector<at::Tensor> parts;
-    for (size_t i = 0; i < factors.size(); ++i) {
-      const LowRank f = aligned(factors[i]);
-      parts.push_back(cuda::squared_row_norms(weights[i]->dense_OI(), f.a_RI.value, f.b_OR.value, f.scale));
-    }
-    return at::stack(parts).sum(1);
+  if (on_matrix_units(factors.front().a_RI.value) && factors.front().a_RI.value.size(1) % 8 == 0) {
+    return squared_row_norms_in_batches(weights, factors);
   }
   const auto dtype = base_squares_MO.scalar_type();
   const double s = factors.front().scale;

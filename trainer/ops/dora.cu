@@ -108,33 +108,48 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // ---- Squares of the rows of W + scale B A. A block sums over kTilesOfBlock tiles of its rows; its sums are a part of
-// a row of `partial`.
+// a row of `partial` [members, blocks of columns, rows].
 constexpr int kTilesOfBlock = 4, kInputStride = kTileColumns + 8;
 
+struct Updated {
+  const Factor *w[kMostRowNorms], *a[kMostRowNorms], *b[kMostRowNorms];
+};
+
 __global__ void __launch_bounds__(kThreads, 2)
-    squared_rows(const Factor* __restrict__ w, const Factor* __restrict__ a, const Factor* __restrict__ b, float scale,
-                 float* __restrict__ partial, int64_t rows, int64_t width, int r) {
+    squared_rows(Updated updated, float scale, float* __restrict__ partial, int64_t rows, int64_t width, int r) {
+  const Factor *__restrict__ w = updated.w[blockIdx.z], *__restrict__ a = updated.a[blockIdx.z],
+               *__restrict__ b = updated.b[blockIdx.z];
   constexpr int kPacks = kTileColumns / 8, kMine = kTileRows * kPacks / kThreads;
   __shared__ __align__(32) Factor b_tile[kTileRows * kFactorStride], a_tile[kDepth * kInputStride];
   __shared__ __align__(32) float sums[kTileRows * kSumStride];
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const int my_row = threadIdx.x / kPacks, my_column = threadIdx.x % kPacks * 8;  // and every 16th row below
   float squares[kMine] = {};
-  for (int tile = 0; tile < kTilesOfBlock; ++tile) {
-    const int64_t first_column = (int64_t{blockIdx.y} * kTilesOfBlock + tile) * kTileColumns;
-    if (first_column >= width) break;
-    const bool inside = first_column + my_column < width;
-    Pack<Factor, 8> mine[kMine];
+  const auto column_of = [&](int tile) {
+    return (int64_t{blockIdx.y} * kTilesOfBlock + tile) * kTileColumns + my_column;
+  };
+  Pack<Factor, 8> next[kMine];
+  const auto read = [&](int tile) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int64_t row = first_row + my_row + i * (kThreads / kPacks);
-      mine[i] = inside && row < rows ? load<8>(w, (row * width + first_column + my_column) / 8) : Pack<Factor, 8>{};
+      const bool inside = tile < kTilesOfBlock && column_of(tile) < width && row < rows;
+      next[i] = inside ? load<8>(w, (row * width + column_of(tile)) / 8) : Pack<Factor, 8>{};
     }
+  };
+  read(0);
+  for (int tile = 0; tile < kTilesOfBlock; ++tile) {
+    if (column_of(tile) - my_column >= width) break;
+    const bool inside = column_of(tile) < width;
+    Pack<Factor, 8> mine[kMine];
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) mine[i] = next[i];
+    read(tile + 1);  // while the product is made
     WarpTile part;
     for (int depth = 0; depth < r; depth += kDepth) {
       stage<kTileRows>(b_tile, b, first_row, rows, depth, r);
       const Pack<Factor, 8> inputs = inside && depth + my_row < r
-                                         ? load<8>(a, ((depth + my_row) * width + first_column + my_column) / 8)
+                                         ? load<8>(a, ((depth + my_row) * width + column_of(tile)) / 8)
                                          : Pack<Factor, 8>{};
       store<8>(a_tile, (my_row * kInputStride + my_column) / 8, inputs);
       __syncthreads();
@@ -160,52 +175,94 @@ __global__ void __launch_bounds__(kThreads, 2)
       squares[i] += __shfl_xor_sync(0xFFFFFFFFu, squares[i], distance);
     }
     const int64_t row = first_row + my_row + i * (kThreads / kPacks);
-    if (threadIdx.x % kPacks == 0 && row < rows) partial[blockIdx.y * rows + row] = squares[i];
+    if (threadIdx.x % kPacks == 0 && row < rows) {
+      partial[(int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * rows + row] = squares[i];
+    }
   }
 }
 
-// ---- (gamma g, column sums of g z). A block takes some rows of 32 packs of columns; its sums are one row of
-// `partial`.
-constexpr int kLanes = 32, kStripes = kThreads / kLanes, kRowsOfBlock = 256;
+// ---- h = gamma g, column sums of g z, and h^T u. A block takes a strip of kStripRows rows of one tile of columns; its
+// sums are a row of `dots` [strips, width] and a part of `products` [strips, padded width, padded r].
+constexpr int kStripRows = 256;
+constexpr int kSharedBytes =
+    (kStripRows * kInputStride + kStripRows * kFactorStride) * int{sizeof(Factor)} + 16 * kTileColumns * 4;
 
-template <class T, int W>
-__global__ void __launch_bounds__(kThreads)
-    scale_and_dot(const T* __restrict__ g, const T* __restrict__ z, const float* __restrict__ gamma, T* __restrict__ h,
-                  float* __restrict__ partial, int64_t rows, int64_t packs) {
-  __shared__ float of_stripe[kStripes][kLanes * W];
-  const int lane = threadIdx.x % kLanes, stripe = threadIdx.x / kLanes;
-  const int64_t pack = int64_t{blockIdx.x} * kLanes + lane, begin = int64_t{blockIdx.y} * kRowsOfBlock;
-  const int64_t end = begin + kRowsOfBlock < rows ? begin + kRowsOfBlock : rows;
-  float dots[W] = {}, factors[W] = {};
-  if (pack < packs) {
+template <int W>
+__global__ void __launch_bounds__(kThreads, 2)
+    scale_and_reduce(const Factor* __restrict__ g, const Factor* __restrict__ z, const Factor* __restrict__ u,
+                     const float* __restrict__ gamma, Factor* __restrict__ h, float* __restrict__ dots,
+                     float* __restrict__ products, int64_t rows, int64_t width, int r) {
+  constexpr int kPacks = kTileColumns / W, kStripes = kThreads / kPacks;
+  static_assert(kStripes <= 16);
+  extern __shared__ __align__(32) Factor shared[];
+  Factor *h_tile = shared, *u_tile = h_tile + kStripRows * kInputStride;
+  float* of_stripe = reinterpret_cast<float*>(u_tile + kStripRows * kFactorStride);
+  const int64_t first_column = int64_t{blockIdx.x} * kTileColumns, first_row = int64_t{blockIdx.y} * kStripRows;
+  const int my_column = threadIdx.x % kPacks * W, stripe = threadIdx.x / kPacks;
+  const bool inside = first_column + my_column < width;
+
+  float sums[W] = {}, factors[W] = {};
 #pragma unroll
-    for (int j = 0; j < W; ++j) factors[j] = gamma[pack * W + j];
-#pragma unroll 4
-    for (int64_t row = begin + stripe; row < end; row += kStripes) {
-      const Pack<T, W> gs = load<W>(g, row * packs + pack), zs = load<W>(z, row * packs + pack);
-      Pack<T, W> out;
+  for (int j = 0; j < W; ++j) factors[j] = inside ? gamma[first_column + my_column + j] : 0;
+  constexpr int kAtOnce = 4;  // rows whose reads are under way together
+  for (int base = stripe; base < kStripRows; base += kAtOnce * kStripes) {
+    Pack<Factor, W> gs[kAtOnce], zs[kAtOnce];
+    const auto place_of = [&](int i) {
+      const int64_t row = first_row + base + i * kStripes;
+      return inside && row < rows ? (row * width + first_column + my_column) / W : int64_t{-1};
+    };
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t place = place_of(i);
+      gs[i] = place >= 0 ? load<W>(g, place) : Pack<Factor, W>{};
+      zs[i] = place >= 0 ? load<W>(z, place) : Pack<Factor, W>{};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        dots[j] += static_cast<float>(gs.v[j]) * static_cast<float>(zs.v[j]);
-        out.v[j] = static_cast<T>(static_cast<float>(gs.v[j]) * factors[j]);
+        const auto value = static_cast<float>(gs[i].v[j]);
+        sums[j] += value * static_cast<float>(zs[i].v[j]);
+        gs[i].v[j] = static_cast<Factor>(value * factors[j]);
       }
-      store<W>(h, row * packs + pack, out);
+      const int64_t place = place_of(i);
+      if (place >= 0) store<W>(h, place, gs[i]);
+      store<W>(h_tile, ((base + i * kStripes) * kInputStride + my_column) / W, gs[i]);
     }
   }
 #pragma unroll
-  for (int j = 0; j < W; ++j) of_stripe[stripe][lane * W + j] = dots[j];
+  for (int j = 0; j < W; ++j) of_stripe[stripe * kTileColumns + my_column + j] = sums[j];
   __syncthreads();
-  for (int i = threadIdx.x; i < kLanes * W; i += kThreads) {
-    const int64_t column = int64_t{blockIdx.x} * kLanes * W + i;
-    if (column >= packs * W) continue;
+  const int64_t column = first_column + threadIdx.x;
+  if (threadIdx.x < kTileColumns && column < width) {
     float sum = 0;
 #pragma unroll
-    for (int s = 0; s < kStripes; ++s) sum += of_stripe[s][i];
-    partial[blockIdx.y * packs * W + column] = sum;
+    for (int s = 0; s < kStripes; ++s) sum += of_stripe[s * kTileColumns + threadIdx.x];
+    dots[blockIdx.y * width + column] = sum;
+  }
+
+  static_assert(kThreads / 32 * 16 == kTileColumns);
+  const int warp_column = threadIdx.x / 32 * 16, padded_r = (r + kDepth - 1) / kDepth * kDepth;
+  const int64_t product = int64_t{blockIdx.y} * gridDim.x * kTileColumns + first_column + warp_column;
+  for (int rank = 0; rank < r; rank += kDepth) {
+    stage<kStripRows>(u_tile, u, first_row, rows, rank, r);
+    __syncthreads();
+    wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
+    wmma::fill_fragment(sum, 0);
+#pragma unroll 4
+    for (int row = 0; row < kStripRows; row += kDepth) {
+      wmma::fragment<wmma::matrix_a, 16, 16, 16, Factor, wmma::col_major> turned;
+      wmma::fragment<wmma::matrix_b, 16, 16, 16, Factor, wmma::row_major> inputs;
+      wmma::load_matrix_sync(turned, h_tile + row * kInputStride + warp_column, kInputStride);
+      wmma::load_matrix_sync(inputs, u_tile + row * kFactorStride, kFactorStride);
+      wmma::mma_sync(sum, turned, inputs, sum);
+    }
+    wmma::store_matrix_sync(products + product * padded_r + rank, sum, padded_r, wmma::mem_row_major);
+    __syncthreads();
   }
 }
 
-/// sum_O = factor (the rows of `partial` one after another).
+/// sum = factor (the rows of `partial` one after another); without `factor`, their sum.
 __global__ void __launch_bounds__(kThreads)
     sum_rows(const float* __restrict__ partial, const float* __restrict__ factor, float* __restrict__ sum, int64_t rows,
              int64_t width) {
@@ -214,13 +271,25 @@ __global__ void __launch_bounds__(kThreads)
   float total = 0;
 #pragma unroll 8
   for (int64_t row = 0; row < rows; ++row) total += partial[row * width + column];
-  sum[column] = factor[column] * total;
+  sum[column] = factor ? factor[column] * total : total;
 }
 
 unsigned second_grid_size(int64_t blocks) {
   TORCH_CHECK(blocks <= 65535, "no CUDA grid has ", blocks, " blocks in its second dimension");
   return static_cast<unsigned>(blocks);
 }
+
+at::Tensor summed_rows(const at::Tensor& partial_PX, const at::Tensor& factor_X) {
+  const int64_t width = partial_PX.size(1);
+  at::Tensor sum_X = at::empty({width}, partial_PX.options());
+  sum_rows<<<grid_size(ceil_div(width, kThreads)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      partial_PX.const_data_ptr<float>(), factor_X.defined() ? factor_X.const_data_ptr<float>() : nullptr,
+      sum_X.mutable_data_ptr<float>(), partial_PX.size(0), width);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return sum_X;
+}
+
+Factor* factors_of(const at::Tensor& t) { return static_cast<Factor*>(t.data_ptr()); }
 
 }  // namespace
 
@@ -235,61 +304,73 @@ void scaled_low_rank_sum(const at::Tensor& q_NO, const at::Tensor& u_NR, const a
               " is not a multiple of 8, or the factors do not begin at 16 bytes");
   if (q_NO.numel() == 0) return;
   const dim3 grid(grid_size(ceil_div(rows, kTileRows)), second_grid_size(ceil_div(width, kTileColumns)));
-  const auto data = [](const at::Tensor& t) { return static_cast<Factor*>(t.data_ptr()); };
   const auto run = [&](auto wide) {
     scaled_sum<decltype(wide)::value><<<grid, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        data(q_NO), data(u_NR), data(b_OR), gamma_O.const_data_ptr<float>(), static_cast<float>(scale), rows, width,
-        static_cast<int>(r));
+        factors_of(q_NO), factors_of(u_NR), factors_of(b_OR), gamma_O.const_data_ptr<float>(),
+        static_cast<float>(scale), rows, width, static_cast<int>(r));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
   has_packs<at::BFloat16>(width, q_NO) ? run(std::integral_constant<int, 8>{}) : run(std::integral_constant<int, 1>{});
 }
 
-at::Tensor squared_row_norms(const at::Tensor& w_OI, const at::Tensor& a_RI, const at::Tensor& b_OR, double scale) {
-  const int64_t rows = w_OI.size(0), width = w_OI.size(1), r = a_RI.size(0);
-  require(w_OI, at::kBFloat16, rows * width, "squared_row_norms W");
-  require(a_RI, at::kBFloat16, r * width, "squared_row_norms A");
-  require(b_OR, at::kBFloat16, rows * r, "squared_row_norms B");
-  TORCH_CHECK(r % 8 == 0 && has_packs<at::BFloat16>(r, b_OR) && has_packs<at::BFloat16>(width, {w_OI, a_RI}),
-              "squared_row_norms: rank ", r, " or width ", width, " is not a multiple of 8");
+at::Tensor squared_row_norms(const std::vector<at::Tensor>& w_OI, const std::vector<at::Tensor>& a_RI,
+                             const std::vector<at::Tensor>& b_OR, double scale) {
+  const auto members = static_cast<int64_t>(w_OI.size());
+  const int64_t rows = w_OI.at(0).size(0), width = w_OI[0].size(1), r = a_RI.at(0).size(0);
+  TORCH_CHECK(w_OI.size() <= kMostRowNorms && a_RI.size() == w_OI.size() && b_OR.size() == w_OI.size(),
+              "squared_row_norms: ", members, " weights");
+  TORCH_CHECK(r % 8 == 0 && has_packs<at::BFloat16>(r, b_OR) && has_packs<at::BFloat16>(width, w_OI) &&
+                  has_packs<at::BFloat16>(width, a_RI),
+              "squared_row_norms: rank ", r, " or width ", width,
+              " is not a multiple of 8, or a tensor does not begin at 16 bytes");
+  Updated updated{};
+  for (size_t i = 0; i < w_OI.size(); ++i) {
+    require(w_OI[i], at::kBFloat16, rows * width, "squared_row_norms W");
+    require(a_RI[i], at::kBFloat16, r * width, "squared_row_norms A");
+    require(b_OR[i], at::kBFloat16, rows * r, "squared_row_norms B");
+    updated.w[i] = factors_of(w_OI[i]);
+    updated.a[i] = factors_of(a_RI[i]);
+    updated.b[i] = factors_of(b_OR[i]);
+  }
   const int64_t parts = ceil_div(width, int64_t{kTilesOfBlock} * kTileColumns);
-  at::Tensor partial = at::empty({parts, rows}, w_OI.options().dtype(at::kFloat));
-  const dim3 grid(grid_size(ceil_div(rows, kTileRows)), second_grid_size(parts));
-  const auto data = [](const at::Tensor& t) { return static_cast<const Factor*>(t.const_data_ptr()); };
+  at::Tensor partial = at::empty({members, parts, rows}, w_OI[0].options().dtype(at::kFloat));
+  const dim3 grid(grid_size(ceil_div(rows, kTileRows)), second_grid_size(parts), second_grid_size(members));
   squared_rows<<<grid, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      data(w_OI), data(a_RI), data(b_OR), static_cast<float>(scale), partial.mutable_data_ptr<float>(), rows, width,
-      static_cast<int>(r));
+      updated, static_cast<float>(scale), partial.mutable_data_ptr<float>(), rows, width, static_cast<int>(r));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return partial;
+  return partial.sum(1);
 }
 
-std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor& g_NO, const at::Tensor& z_NO,
-                                                const at::Tensor& gamma_O, const at::Tensor& factor_O) {
-  const int64_t rows = g_NO.size(0), width = g_NO.size(1);
-  require(g_NO, g_NO.scalar_type(), rows * width, "scale_and_dot g");
-  require(z_NO, g_NO.scalar_type(), rows * width, "scale_and_dot z");
-  require(gamma_O, at::kFloat, width, "scale_and_dot gamma");
-  require(factor_O, at::kFloat, width, "scale_and_dot factor");
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dora_gradients(const at::Tensor& g_NO, const at::Tensor& z_NO,
+                                                              const at::Tensor& u_NR, const at::Tensor& gamma_O,
+                                                              const at::Tensor& factor_O) {
+  const int64_t rows = g_NO.size(0), width = g_NO.size(1), r = u_NR.size(1);
+  require(g_NO, at::kBFloat16, rows * width, "dora_gradients g");
+  require(z_NO, at::kBFloat16, rows * width, "dora_gradients z");
+  require(u_NR, at::kBFloat16, rows * r, "dora_gradients u");
+  require(gamma_O, at::kFloat, width, "dora_gradients gamma");
+  require(factor_O, at::kFloat, width, "dora_gradients factor");
+  TORCH_CHECK(r % 8 == 0 && has_packs<at::BFloat16>(r, u_NR), "dora_gradients: rank ", r,
+              " is not a multiple of 8, or u does not begin at 16 bytes");
   at::Tensor h_NO = at::empty_like(g_NO);
-  if (g_NO.numel() == 0) return {h_NO, at::zeros_like(gamma_O)};
-  const int64_t blocks = ceil_div(rows, kRowsOfBlock);
-  at::Tensor partial = at::empty({blocks, width}, gamma_O.options());
-  with_packs(g_NO, width, {z_NO, h_NO}, [&](auto type, auto wide) {
-    using T = decltype(type);
-    constexpr int W = decltype(wide)::value;
-    const int64_t packs = width / W;
-    const dim3 grid(grid_size(ceil_div(packs, kLanes)), second_grid_size(blocks));
-    scale_and_dot<T, W><<<grid, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        g_NO.const_data_ptr<T>(), z_NO.const_data_ptr<T>(), gamma_O.const_data_ptr<float>(), h_NO.mutable_data_ptr<T>(),
-        partial.mutable_data_ptr<float>(), rows, packs);
+  if (g_NO.numel() == 0) return {h_NO, at::zeros_like(gamma_O), at::zeros({width, r}, gamma_O.options())};
+  const int64_t strips = ceil_div(rows, kStripRows), tiles = ceil_div(width, kTileColumns);
+  const int64_t padded_width = tiles * kTileColumns, padded_r = ceil_div(r, kDepth) * kDepth;
+  at::Tensor dots = at::empty({strips, width}, gamma_O.options());
+  at::Tensor products = at::empty({strips, padded_width * padded_r}, gamma_O.options());
+  const auto run = [&](auto wide) {
+    const auto kernel = &scale_and_reduce<decltype(wide)::value>;
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    kernel<<<dim3(grid_size(tiles), second_grid_size(strips)), kThreads, kSharedBytes,
+             c10::cuda::getCurrentCUDAStream()>>>(
+        factors_of(g_NO), factors_of(z_NO), factors_of(u_NR), gamma_O.const_data_ptr<float>(), factors_of(h_NO),
+        dots.mutable_data_ptr<float>(), products.mutable_data_ptr<float>(), rows, width, static_cast<int>(r));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  at::Tensor dots_O = at::empty_like(gamma_O);
-  sum_rows<<<grid_size(ceil_div(width, kThreads)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      partial.const_data_ptr<float>(), factor_O.const_data_ptr<float>(), dots_O.mutable_data_ptr<float>(), blocks,
-      width);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {h_NO, dots_O};
+  };
+  has_packs<at::BFloat16>(width, {g_NO, z_NO, h_NO}) ? run(std::integral_constant<int, 8>{})
+                                                     : run(std::integral_constant<int, 1>{});
+  const at::Tensor hu_OR = summed_rows(products, {}).view({padded_width, padded_r});
+  return {h_NO, summed_rows(dots, factor_O), hu_OR.narrow(0, 0, width).narrow(1, 0, r)};
 }
 
 }  // namespace corank::ops::cuda

@@ -28,20 +28,20 @@ at::Tensor LowRankUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const
 }
 
 LowRankGradients low_rank_gradients(const LowRank& f, const at::Tensor& g_NO, const at::Tensor& dropped_x_NI,
-                                    const at::Tensor& u_NR) {
-  const auto master = f.a_RI.leaf.scalar_type();
+                                    const at::Tensor& gu_OR) {
   const int64_t rank = f.a_RI.leaf.size(0);
   LowRankGradients grads;
   grads.du_NR = at::mm(g_NO, f.b_OR.value).mul_(f.scale);
-  grads.leaves.push_back(matmul_to(grads.du_NR.t(), dropped_x_NI, master).narrow(0, 0, rank));
-  grads.leaves.push_back(matmul_to(g_NO.t(), u_NR, master).narrow(1, 0, rank).mul_(f.scale));
+  grads.leaves.push_back(matmul_to(grads.du_NR.t(), dropped_x_NI, f.a_RI.leaf.scalar_type()).narrow(0, 0, rank));
+  grads.leaves.push_back(gu_OR.narrow(1, 0, rank) * f.scale);
   return grads;
 }
 
 std::vector<at::Tensor> LowRankUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
                                                 const std::vector<at::Tensor>& saved, bool needs_dx,
                                                 at::Tensor& dx_NI) const {
-  LowRankGradients grads = low_rank_gradients(f_, g_NO, dropout(x_NI, f_.dropout), saved[0]);
+  const at::Tensor gu_OR = matmul_to(g_NO.t(), saved[0], f_.b_OR.leaf.scalar_type());
+  LowRankGradients grads = low_rank_gradients(f_, g_NO, dropout(x_NI, f_.dropout), gu_OR);
   if (!needs_dx) return std::move(grads.leaves);
   add_product(dx_NI, g_NO, w.dense_OI());
   if (f_.dropout.active()) {

@@ -50,12 +50,13 @@ class DiagonalUpdate : public LowRankUpdate {
 /// LowRank as the layer's device reads it best.
 LowRank aligned(LowRank factors);
 
-/// The two parts of a low-rank backward, for updates that are built on it. `g_NO` reaches the product from behind.
+/// The two parts of a low-rank backward, for updates that are built on it. `g_NO` reaches the product from behind;
+/// `gu_OR` is g^T u in the leaves' dtype.
 struct LowRankGradients {
   std::vector<at::Tensor> leaves;  ///< of A and B
   at::Tensor du_NR;                ///< of u
 };
 LowRankGradients low_rank_gradients(const LowRank& f, const at::Tensor& g_NO, const at::Tensor& dropped_x_NI,
-                                    const at::Tensor& u_NR);
+                                    const at::Tensor& gu_OR);
 
 }  // namespace corank::ops

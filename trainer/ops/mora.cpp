@@ -8,6 +8,8 @@
 namespace corank::ops {
 namespace {
 
+constexpr int64_t kRowsOfPart = 12288;  // measured on one H100
+
 int64_t blocks_of(int64_t size, int64_t r) { return (size + r - 1) / r; }
 
 /// A rank's columns at their places among `width` columns, zeros elsewhere; with `wrap`, columns 0, 1, ... stand again
@@ -116,6 +118,18 @@ at::Tensor padded(const at::Tensor& m_RR) {
 /// Each row of c, in all its blocks, through `m`.
 at::Tensor through(const at::Tensor& c, const at::Tensor& m) { return at::mm(c.flatten(0, -2), m).view(c.sizes()); }
 
+/// dz^T c in M's dtype. On matrix units over parts of the rows and then summed: one product of so many rows and so
+/// small a result leaves most of a GPU idle.
+at::Tensor square_gradient(const at::Tensor& dz, const at::Tensor& c, at::ScalarType dtype) {
+  const at::Tensor dz_XP = dz.flatten(0, -2), c_XP = c.flatten(0, -2);
+  const int64_t rows = c_XP.size(0), pitch = c_XP.size(1);
+  int64_t parts = c.is_cuda() && c.scalar_type() == at::kBFloat16 ? std::max<int64_t>(1, rows / kRowsOfPart) : 1;
+  while (rows % parts != 0) --parts;
+  if (parts == 1) return matmul_to(dz_XP.t(), c_XP, dtype);
+  const std::vector<int64_t> split{parts, rows / parts, pitch};
+  return at::bmm(dz_XP.view(split).transpose(1, 2), c_XP.view(split), dtype).sum(0);
+}
+
 /// The group of one of `size` features; see Grouping.
 int64_t group_of(int64_t index, int64_t size, int64_t r, Grouping grouping) {
   if (grouping == Grouping::modulo) return index % r;
@@ -190,7 +204,7 @@ std::vector<at::Tensor> MoraUpdate::backward(const at::Tensor& g_NO, const at::T
                                              at::Tensor& dx_NI) const {
   const at::Tensor& c = saved[0];
   const at::Tensor dz = gathered(g_NO, c, s_);
-  const at::Tensor dm = matmul_to(dz.flatten(0, -2).t(), c.flatten(0, -2), s_.m_RR.leaf.scalar_type());
+  const at::Tensor dm = square_gradient(dz, c, s_.m_RR.leaf.scalar_type());
   const at::Tensor dm_RR = dm.narrow(0, 0, s_.side()).narrow(1, 0, s_.side());
   if (!needs_dx) return {dm_RR};
   add_product(dx_NI, g_NO, w.dense_OI());

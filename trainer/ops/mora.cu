@@ -54,31 +54,51 @@ class Walk {
   int at_, left_, block_ = 0;
 };
 
-/// Values of a row that belong to one group, summed.
+/// Values of a row that belong to one of the runs, summed.
 template <class T>
-__device__ float group_sum(const T* row, const Side& s, int group) {
+__device__ float run_sum(const T* row, const Side& s, int group) {
+  const int begin = max(s.begin_of_run(group), s.start), end = min(s.begin_of_run(group + 1), s.start + s.length);
   float sum = 0;
-  if (s.runs) {
-    const int begin = max(s.begin_of_run(group), s.start), end = min(s.begin_of_run(group + 1), s.start + s.length);
-    for (int j = begin; j < end; ++j) sum += static_cast<float>(row[j - s.start]);
-    return sum;
-  }
-  const int period = s.r * s.blocks, shift = group - s.start_in_period;
-#pragma unroll 4
-  for (int j = shift < 0 ? shift + period : shift; j < s.length; j += period) sum += static_cast<float>(row[j]);
-  const int again = s.width - period + group - s.size;  // the feature that stands here a second time
-  if (again >= 0 && s.local(again)) sum += static_cast<float>(row[again - s.start]);
+  for (int j = begin; j < end; ++j) sum += static_cast<float>(row[j - s.start]);
   return sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_groups(const T* __restrict__ x, T* __restrict__ c, Side s) {
+__global__ void __launch_bounds__(kThreads) sum_runs(const T* __restrict__ x, T* __restrict__ c, Side s) {
+  const T* row = x + int64_t{blockIdx.x} * s.length;
+  T* out = c + int64_t{blockIdx.x} * s.pitch;
+  for (int l = threadIdx.x; l < s.pitch; l += kThreads) {
+    out[l] = static_cast<T>(l < s.r ? run_sum(row, s, l) : 0.0F);
+  }
+}
+
+/// Sums over the features that are equal modulo r times blocks, W neighbouring sums a thread.
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads) sum_periods(const T* __restrict__ x, T* __restrict__ c, Side s) {
   const T* row = x + int64_t{blockIdx.x} * s.length;
   T* out = c + int64_t{blockIdx.x} * s.blocks * s.pitch;
-  for (int l = threadIdx.x; l < s.pitch; l += kThreads) {
-    for (int b = 0; b < s.blocks; ++b) {
-      out[b * s.pitch + l] = static_cast<T>(l < s.r ? group_sum(row, s, b * s.r + l) : 0.0F);
+  const int period = s.r * s.blocks, packs = s.pitch / W;
+  for (int i = threadIdx.x; i < s.blocks * packs; i += kThreads) {
+    const int l = i % packs * W, group = i / packs * s.r + l;
+    float sums[W] = {};
+    if (l < s.r) {
+      const int shift = group - s.start_in_period;
+#pragma unroll 4
+      for (int j = shift < 0 ? shift + period : shift; j < s.length; j += period) {
+        const Pack<T, W> pack = load<W>(row, j / W);
+#pragma unroll
+        for (int k = 0; k < W; ++k) sums[k] += static_cast<float>(pack.v[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        const int again = s.width - period + group + k - s.size;  // the feature that stands here a second time
+        if (again >= 0 && s.local(again)) sums[k] += static_cast<float>(row[again - s.start]);
+      }
     }
+    Pack<T, W> pack;
+#pragma unroll
+    for (int k = 0; k < W; ++k) pack.v[k] = static_cast<T>(sums[k]);
+    store<W>(out, i, pack);
   }
 }
 
@@ -127,13 +147,13 @@ __global__ void __launch_bounds__(kThreads) add_spread(T* __restrict__ y, const 
   }
 }
 
-/// dx += each feature's gradient, turned back.
+/// dx += each feature's gradient, turned back; `used` packs of a row belong to blocks that were read.
 template <class T, int W>
 __global__ void __launch_bounds__(kThreads)
     add_rotated_back(T* __restrict__ dx, const T* __restrict__ dc, const T* __restrict__ cos, const T* __restrict__ sin,
-                     Side s) {
-  const int packs = s.length / W, half = s.r / 2;
-  const int64_t row = int64_t{blockIdx.x} * packs;
+                     Side s, int used) {
+  const int half = s.r / 2;
+  const int64_t row = int64_t{blockIdx.x} * (s.length / W);
   const T* values = dc + int64_t{blockIdx.x} * s.blocks * s.pitch;
   const auto turned = [&](int b, int l) {
     if (b >= s.blocks) return 0.0F;
@@ -143,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto second = static_cast<float>(values[b * s.pitch + angle + half]);
     return l < half ? first * cosine + second * sine : second * cosine - first * sine;
   };
-  for (int i = threadIdx.x; i < packs; i += kThreads) {
+  for (int i = threadIdx.x; i < used; i += kThreads) {
     Pack<T, W> pack = load<W>(dx, row + i);
     int b = (s.start + i * W) / s.r, l = (s.start + i * W) % s.r;
 #pragma unroll
@@ -189,6 +209,31 @@ at::Tensor empty_compressed(const at::Tensor& x_NL, const Mora& s) {
   return at::empty({x_NL.size(0), s.blocks(), pitch_of(s)}, x_NL.options());
 }
 
+/// The sums over the groups of x's rows, in packs as wide as sizes allow and threads need.
+void sum_groups(const at::Tensor& x_NL, const at::Tensor& c, const Side& s) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto divides = [&](int w) {
+    return s.r % w == 0 && s.length % w == 0 && s.start_in_period % w == 0 && s.blocks * s.pitch / w >= kThreads &&
+           reinterpret_cast<uintptr_t>(x_NL.const_data_ptr()) % 16 == 0;
+  };
+  with_type(x_NL, [&](auto type) {
+    using T = decltype(type);
+    const auto* x = x_NL.const_data_ptr<T>();
+    auto* sums = c.mutable_data_ptr<T>();
+    const unsigned rows = grid_size(x_NL.size(0));
+    if (s.runs) {
+      sum_runs<T><<<rows, kThreads, 0, stream>>>(x, sums, s);
+    } else if (divides(4)) {
+      sum_periods<T, 4><<<rows, kThreads, 0, stream>>>(x, sums, s);
+    } else if (divides(2)) {
+      sum_periods<T, 2><<<rows, kThreads, 0, stream>>>(x, sums, s);
+    } else {
+      sum_periods<T, 1><<<rows, kThreads, 0, stream>>>(x, sums, s);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
 template <class T>
 const T* table(const at::Tensor& table_BH, const at::Tensor& like, const Mora& s) {
   require(table_BH, like.scalar_type(), s.blocks() * (s.side() / 2), "MoRA's rotation table");
@@ -202,16 +247,15 @@ at::Tensor mora_compress(const at::Tensor& x_NL, const Mora& s) {
   at::Tensor c = empty_compressed(x_NL, s);
   if (x_NL.numel() == 0) return c.zero_();
   const Side in = side(s, s.in, s.compress, /*wraps=*/true);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (s.compress != Grouping::rotate) {
+    sum_groups(x_NL, c, in);
+    return c;
+  }
   with_type(x_NL, [&](auto type) {
     using T = decltype(type);
-    const T* x = x_NL.const_data_ptr<T>();
-    if (s.compress == Grouping::rotate) {
-      rotate<T><<<grid_size(x_NL.size(0)), kThreads, 0, stream>>>(
-          x, table<T>(s.rotation.cos_BH, x_NL, s), table<T>(s.rotation.sin_BH, x_NL, s), c.mutable_data_ptr<T>(), in);
-    } else {
-      sum_groups<T><<<grid_size(x_NL.size(0)), kThreads, 0, stream>>>(x, c.mutable_data_ptr<T>(), in);
-    }
+    rotate<T><<<grid_size(x_NL.size(0)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        x_NL.const_data_ptr<T>(), table<T>(s.rotation.cos_BH, x_NL, s), table<T>(s.rotation.sin_BH, x_NL, s),
+        c.mutable_data_ptr<T>(), in);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return c;
@@ -221,13 +265,7 @@ at::Tensor mora_gather(const at::Tensor& g_NL, const Mora& s) {
   require(g_NL, g_NL.scalar_type(), g_NL.size(0) * s.out.length, "MoRA's output gradient");
   at::Tensor dz = empty_compressed(g_NL, s);
   if (g_NL.numel() == 0) return dz.zero_();
-  const Side out = side(s, s.out, s.decompress, /*wraps=*/false);
-  with_type(g_NL, [&](auto type) {
-    using T = decltype(type);
-    sum_groups<T><<<grid_size(g_NL.size(0)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        g_NL.const_data_ptr<T>(), dz.mutable_data_ptr<T>(), out);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
+  sum_groups(g_NL, dz, side(s, s.out, s.decompress, /*wraps=*/false));
   return dz;
 }
 
@@ -255,8 +293,10 @@ void mora_add_expanded(const at::Tensor& dx_NL, const at::Tensor& dc, const Mora
     constexpr int W = decltype(width)::value;
     T* dx = dx_NL.mutable_data_ptr<T>();
     if (s.compress == Grouping::rotate) {
+      const int64_t read = std::clamp<int64_t>(s.blocks() * s.side() - s.in.start, 0, s.in.length);
       add_rotated_back<T, W><<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(
-          dx, dc.const_data_ptr<T>(), table<T>(s.rotation.cos_BH, dx_NL, s), table<T>(s.rotation.sin_BH, dx_NL, s), in);
+          dx, dc.const_data_ptr<T>(), table<T>(s.rotation.cos_BH, dx_NL, s), table<T>(s.rotation.sin_BH, dx_NL, s), in,
+          static_cast<int>(ceil_div(read, W)));
     } else {
       add_spread<T, W><<<grid_size(dx_NL.size(0)), kThreads, 0, stream>>>(dx, dc.const_data_ptr<T>(), in);
     }

@@ -18,9 +18,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_statistics(const at::Tens
 void scaled_low_rank_sum(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&) {
   absent();
 }
-at::Tensor squared_row_norms(const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { absent(); }
-std::pair<at::Tensor, at::Tensor> scale_and_dot(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                const at::Tensor&) {
+at::Tensor squared_row_norms(const std::vector<at::Tensor>&, const std::vector<at::Tensor>&,
+                             const std::vector<at::Tensor>&, double) {
+  absent();
+}
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dora_gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                              const at::Tensor&, const at::Tensor&) {
   absent();
 }
 at::Tensor mora_compress(const at::Tensor&, const Mora&) { absent(); }
