@@ -183,28 +183,22 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- h = gamma g, column sums of g z, and h^T u. A block takes a strip of kStripRows rows of one tile of columns; its
 // sums are a row of `dots` [strips, width] and a part of `products` [strips, padded width, padded r].
-constexpr int kStripRows = 256;
-constexpr int kSharedBytes =
-    (kStripRows * kInputStride + kStripRows * kFactorStride) * int{sizeof(Factor)} + 16 * kTileColumns * 4;
+constexpr int kStripRows = 256, kMostStripes = 16;
+constexpr int kSharedBytes = kStripRows * (kInputStride + kFactorStride) * int{sizeof(Factor)} +
+                             kMostStripes * kTileColumns * int{sizeof(float)};
 
+/// h of a strip, in memory and in `h_tile`, with zeros beyond the tensor; `of_stripe`: the threads' sums of g z.
 template <int W>
-__global__ void __launch_bounds__(kThreads, 2)
-    scale_and_reduce(const Factor* __restrict__ g, const Factor* __restrict__ z, const Factor* __restrict__ u,
-                     const float* __restrict__ gamma, Factor* __restrict__ h, float* __restrict__ dots,
-                     float* __restrict__ products, int64_t rows, int64_t width, int r) {
+__device__ void scale_strip(const Factor* __restrict__ g, const Factor* __restrict__ z, const float* __restrict__ gamma,
+                            Factor* __restrict__ h, Factor* h_tile, float* of_stripe, int64_t first_row,
+                            int64_t first_column, int64_t rows, int64_t width) {
   constexpr int kPacks = kTileColumns / W, kStripes = kThreads / kPacks;
-  static_assert(kStripes <= 16);
-  extern __shared__ __align__(32) Factor shared[];
-  Factor *h_tile = shared, *u_tile = h_tile + kStripRows * kInputStride;
-  float* of_stripe = reinterpret_cast<float*>(u_tile + kStripRows * kFactorStride);
-  const int64_t first_column = int64_t{blockIdx.x} * kTileColumns, first_row = int64_t{blockIdx.y} * kStripRows;
+  constexpr int kAtOnce = 4;  // rows whose reads are under way together
   const int my_column = threadIdx.x % kPacks * W, stripe = threadIdx.x / kPacks;
   const bool inside = first_column + my_column < width;
-
   float sums[W] = {}, factors[W] = {};
 #pragma unroll
   for (int j = 0; j < W; ++j) factors[j] = inside ? gamma[first_column + my_column + j] : 0;
-  constexpr int kAtOnce = 4;  // rows whose reads are under way together
   for (int base = stripe; base < kStripRows; base += kAtOnce * kStripes) {
     Pack<Factor, W> gs[kAtOnce], zs[kAtOnce];
     const auto place_of = [&](int i) {
@@ -232,18 +226,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 #pragma unroll
   for (int j = 0; j < W; ++j) of_stripe[stripe * kTileColumns + my_column + j] = sums[j];
-  __syncthreads();
-  const int64_t column = first_column + threadIdx.x;
-  if (threadIdx.x < kTileColumns && column < width) {
-    float sum = 0;
-#pragma unroll
-    for (int s = 0; s < kStripes; ++s) sum += of_stripe[s * kTileColumns + threadIdx.x];
-    dots[blockIdx.y * width + column] = sum;
-  }
+}
 
+/// h^T u of a strip, 16 columns a warp. `product`: where this warp's columns begin.
+__device__ void multiply_strip(const Factor* h_tile, Factor* u_tile, const Factor* __restrict__ u,
+                               float* __restrict__ product, int64_t first_row, int64_t rows, int r, int padded_r) {
   static_assert(kThreads / 32 * 16 == kTileColumns);
-  const int warp_column = threadIdx.x / 32 * 16, padded_r = (r + kDepth - 1) / kDepth * kDepth;
-  const int64_t product = int64_t{blockIdx.y} * gridDim.x * kTileColumns + first_column + warp_column;
+  const int warp_column = threadIdx.x / 32 * 16;
   for (int rank = 0; rank < r; rank += kDepth) {
     stage<kStripRows>(u_tile, u, first_row, rows, rank, r);
     __syncthreads();
@@ -257,9 +246,35 @@ __global__ void __launch_bounds__(kThreads, 2)
       wmma::load_matrix_sync(inputs, u_tile + row * kFactorStride, kFactorStride);
       wmma::mma_sync(sum, turned, inputs, sum);
     }
-    wmma::store_matrix_sync(products + product * padded_r + rank, sum, padded_r, wmma::mem_row_major);
+    wmma::store_matrix_sync(product + rank, sum, padded_r, wmma::mem_row_major);
     __syncthreads();
   }
+}
+
+template <int W>
+__global__ void __launch_bounds__(kThreads, 2)
+    scale_and_reduce(const Factor* __restrict__ g, const Factor* __restrict__ z, const Factor* __restrict__ u,
+                     const float* __restrict__ gamma, Factor* __restrict__ h, float* __restrict__ dots,
+                     float* __restrict__ products, int64_t rows, int64_t width, int r) {
+  constexpr int kStripes = kThreads * W / kTileColumns;
+  static_assert(kStripes <= kMostStripes);
+  extern __shared__ __align__(32) Factor shared[];
+  Factor *h_tile = shared, *u_tile = h_tile + kStripRows * kInputStride;
+  float* of_stripe = reinterpret_cast<float*>(u_tile + kStripRows * kFactorStride);
+  const int64_t first_column = int64_t{blockIdx.x} * kTileColumns, first_row = int64_t{blockIdx.y} * kStripRows;
+
+  scale_strip<W>(g, z, gamma, h, h_tile, of_stripe, first_row, first_column, rows, width);
+  __syncthreads();
+  const int64_t column = first_column + threadIdx.x;
+  if (threadIdx.x < kTileColumns && column < width) {
+    float sum = 0;
+#pragma unroll
+    for (int s = 0; s < kStripes; ++s) sum += of_stripe[s * kTileColumns + threadIdx.x];
+    dots[blockIdx.y * width + column] = sum;
+  }
+  const int padded_r = (r + kDepth - 1) / kDepth * kDepth;
+  const int64_t warp_row = int64_t{blockIdx.y} * gridDim.x * kTileColumns + first_column + threadIdx.x / 32 * 16;
+  multiply_strip(h_tile, u_tile, u, products + warp_row * padded_r, first_row, rows, r, padded_r);
 }
 
 /// sum = factor (the rows of `partial` one after another); without `factor`, their sum.

@@ -35,8 +35,8 @@ class DoraUpdate : public Update {
 
 /// Squares of the row norms of W + s B A [M, O] without forming it (methods 4.6), for M linears of one shape, rank and
 /// scale: n^2 = |W_j|^2 + 2 s sum_r B (W A^T) + s^2 sum_r (B (A A^T)) B. On blocks of columns: these blocks' parts of
-/// the sum. `base_squares_MO`: |W_j|^2 of the same blocks, float32 or float64. At most one W, or 32 MiB of
-/// them, are shown at a time.
+/// the sum. `base_squares_MO`: |W_j|^2 of the same blocks, float32 or float64. One W, or 32 MiB of them,
+/// is shown at a time.
 at::Tensor squared_row_norms(const at::Tensor& base_squares_MO, const std::vector<const Matrix*>& weights,
                              const std::vector<LowRank>& factors);
 /// |W_j|^2 [O] in `dtype`.
