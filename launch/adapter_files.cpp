@@ -33,6 +33,15 @@ void refuse_own_input(const std::string& input, const std::string& output) {
   }
 }
 
+void refuse_foreign_file(const std::string& file) {
+  if (!fs::exists(file)) return;
+  try {
+    read_adapter(file);
+  } catch (const std::exception&) {
+    throw ConfigError(fmt::format("--out: {} exists and holds no adapter. Choose a new file, or remove it.", file));
+  }
+}
+
 void refuse_foreign_folder(const std::string& folder) {
   if (!fs::is_directory(folder) || fs::is_empty(folder) || fs::exists(fs::path(folder) / "adapter_config.json")) return;
   throw ConfigError(fmt::format(

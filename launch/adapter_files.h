@@ -13,6 +13,8 @@ AdapterFile read_checked(const std::string& path);
 
 /// ConfigError where `output` is `input` itself or a checkpoint.
 void refuse_own_input(const std::string& input, const std::string& output);
+/// ConfigError where `file` is there and no adapter: only an earlier one is overwritten.
+void refuse_foreign_file(const std::string& file);
 /// ConfigError where `folder` holds something else than an earlier adapter: nothing is mixed with it.
 void refuse_foreign_folder(const std::string& folder);
 

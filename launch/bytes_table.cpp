@@ -2,6 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <string_view>
+
 #include "launch/console.h"
 #include "launch/results.h"
 
@@ -29,6 +32,17 @@ std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig
                             static_cast<int>(element), session.run().model.checkpointing, micro_batches);
 }
 
+/// As a shell takes it for one word.
+std::string quoted(const std::string& path) {
+  const bool plain = std::all_of(path.begin(), path.end(), [](unsigned char c) {
+    return std::isalnum(c) || std::string_view("/._-+=:@%,").find(static_cast<char>(c)) != std::string_view::npos;
+  });
+  if (plain) return path;
+  std::string word = "'";
+  for (const char c : path) word += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return word + "'";
+}
+
 std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Purpose, int64_t>& full) {
   std::string text = fmt::format("  {:<20} {:>16} {:>18}\n", "bytes a step, rank 0", "this run", "full fine-tuning");
   for (const Purpose purpose : kStepPurposes) {
@@ -54,11 +68,11 @@ std::string closing_text(Session& session, const std::map<Purpose, int64_t>& cou
     full[Purpose::weight_gradients] = at_or_zero(predicted_bytes(session, method, {}), Purpose::weight_gradients);
     text += bytes_table(counted, full) + "\n";
   }
-  if (run.model.path.empty()) return text + "use it: adapter.path=" + result_path(session);
-  text += session.method().trains_base()
-              ? fmt::format("use it: corank eval {} model.path={}", run.file, result_path(session))
-              : fmt::format("use it: launch/chat {} --adapter {}", run.file, result_path(session));
-  return text;
+  const std::string resolved = quoted(run.output_dir + "/run.yaml"), result = quoted(result_path(session));
+  const char* shape = run.model.path.empty() ? "model.shape=null " : "";
+  if (session.method().trains_base()) return text + fmt::format("use it: {} {}model.path={}", resolved, shape, result);
+  if (run.model.path.empty()) return text + fmt::format("use it: {} adapter.path={}", resolved, result);
+  return text + fmt::format("use it: launch/chat {} --adapter {}", resolved, result);
 }
 
 }  // namespace corank

@@ -72,6 +72,7 @@ int run_export(const Arguments& a) {
 int run_import(const Arguments& a) {
   if (a.output.size() < 4 || !a.output.ends_with(".h5")) throw ConfigError("--out: give a file name that ends in .h5");
   refuse_own_input(a.input, a.output);
+  refuse_foreign_file(a.output);
   const AdapterFile adapter = read_checked(a.input);
   write_file_atomically(a.output, adapter_h5_image(adapter));
   report(a, summary(a.output, adapter),

@@ -144,7 +144,8 @@ void serve(Inference& inference, const Request& defaults, int64_t max_positions)
   for (std::string line; next_line(inference.mesh().world(), line);) {
     const json response = respond(inference, line, defaults, max_positions);
     if (!inference.leader()) continue;
-    fmt::print("{}\n", response.dump());
+    // an error may quote bytes of the request that are no UTF-8
+    fmt::print("{}\n", response.dump(-1, ' ', false, json::error_handler_t::replace));
     std::fflush(stdout);
   }
 }
@@ -159,7 +160,8 @@ int run_generate(const Arguments& a, const World& world) {
   share_cores(world);
   check_mode(a);
   check_options(a.options);
-  RunConfig run = read_run(a.run_file, a.overrides);
+  const RunConfig given = read_run(a.run_file, a.overrides);
+  RunConfig run = with_trained_adapter(given, given.model.quantization != "none", kOriginalWeights);
   if (run.parallel.tensor != world.size()) {
     throw ConfigError(
         fmt::format("generate: {} ranks, but parallel.tensor is {}. A prompt has one data-parallel group.",

@@ -104,7 +104,9 @@ bool is_hdf5(const std::string& path) {
 ordered_json inspect(const std::string& path) {
   if (!fs::exists(path)) throw MissingError(path + ": no such file or folder.");
   if (fs::exists(fs::path(path) / "manifest.json")) return inspect_checkpoint(path);
-  if (fs::exists(fs::path(path) / "adapter_config.json")) return inspect_adapter(path);
+  for (const char* file : {"adapter_config.json", "adapter.h5"}) {
+    if (fs::exists(fs::path(path) / file)) return inspect_adapter(path);
+  }
   if (fs::exists(fs::path(path) / "run.yaml")) point_into_output(path);
   if (fs::is_directory(path)) return inspect_model(path);
   if (is_hdf5(path)) return inspect_h5(path);

@@ -23,6 +23,20 @@ std::unique_ptr<Mesh> make_mesh(const RunConfig& run, const World& world, Ledger
 
 }  // namespace
 
+RunConfig with_trained_adapter(RunConfig run, bool quantised, const std::string& remedy) {
+  if (run.adapter.path.empty()) return run;
+  const auto method = make_method(run.adapter);
+  if (const std::string why = method->beyond_quantised(); quantised && !why.empty()) {
+    throw ConfigError(fmt::format("{}: adapter.path: {}: {}.", run.file, why, remedy));
+  }
+  run.adapter = method->exchange_config();
+  if (run.adapter.method == method->config().method) return run;
+  for (const AdapterKey& key : adapter_keys()) {
+    if (!key.of(run.adapter.method)) std::erase(run.adapter_keys, key.name);
+  }
+  return run;
+}
+
 AdapterFile read_run_adapter(const RunConfig& run, Model& model) {
   AdapterFile file = read_checked(run.adapter.path);
   file.config = merge_with_file(run.adapter, run.adapter_keys, file.config, linear_names(model));

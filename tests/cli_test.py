@@ -347,6 +347,27 @@ class Life(Case):
                     shutil.rmtree(original)
                 shutil.rmtree(self.merged)
 
+    def test_a_pissa_result_is_used_by_the_run_that_made_it(self):
+        pissa = ("adapter.method=pissa", "adapter.r=4", "adapter.lora_alpha=4", "adapter.pissa_niter=2",
+                 "adapter.rank_pattern={q_proj: 6}")
+        adapter = self.trained("run", *pissa)
+        alone = self.loss(f"adapter.path={adapter}")
+        for path in (adapter, adapter.parent / "checkpoint-4"):
+            self.assertEqual(self.loss(f"adapter.path={path}", *pissa), alone)
+        self.assertNotEqual(self.loss(), alone)
+        prompt = ("--prompt-tokens", "5,25,62", "--max-new-tokens", 12, "--json")
+        self.assertEqual(self.generate(f"adapter.path={adapter}", *pissa, *prompt), self.generate(f"adapter.path={adapter}", *prompt))
+        self.succeed(self.merge(adapter, *pissa))
+        self.assertAlmostEqual(self.loss(f"model.path={self.merged}") / alone, 1, delta=1e-5)
+        self.refuse(corank("eval", self.run_file, f"adapter.path={adapter}", "adapter.r=5", pissa[0], *pissa[2:]), 64, "adapter.r", "10")
+        self.refuse(corank("train", self.run_file, f"adapter.path={adapter}", *pissa, f"output_dir={self.folder / 'on'}"), 64,
+                    "adapter.method")
+        quantised = (*pissa, "model.quantization=nf4")
+        self.refuse(corank("eval", self.run_file, f"adapter.path={adapter}", *quantised), 64, "original weights",
+                    "model.quantization=none")
+        self.refuse(self.merge(adapter, *quantised, out=self.folder / "never"), 64, "--base original")
+        self.succeed(self.merge(adapter, *quantised, "--base", "original", out=self.folder / "original"))
+
     def test_merge_refusals(self):
         adapter = self.trained("run")
         foreign, before = self.folder / "foreign", sorted(self.model.iterdir())
@@ -405,7 +426,8 @@ class Life(Case):
                                    "adapter.modules_to_save=[embed_tokens,norm,lm_head]"),
                  "c": self.trained("c", "adapter.method=adalora"),
                  "d": self.trained("d", "adapter.method=mora", "adapter.mora_type=6"),
-                 "e": self.trained("e", "adapter.method=pissa").parent / "checkpoint-4"}
+                 "e": self.trained("e", "adapter.method=pissa").parent / "checkpoint-4",
+                 "f": self.trained("f", "adapter.method=mora", "adapter.remora_steps=2", "adapter.remora_warmup_steps=1")}
         prompt = ("--prompt-tokens", "5,25,62", "--max-new-tokens", 12, "--json")
         alone = {name: self.generate(f"adapter.path={path}", *prompt)[0]["tokens"] for name, path in paths.items()}
         alone["base"] = self.generate(*prompt)[0]["tokens"]
@@ -414,12 +436,14 @@ class Life(Case):
 
     def test_switching_gives_what_fresh_processes_give(self):
         paths, alone = self.adapters()
-        named = [word for name, path in paths.items() for word in ("--adapter", f"{name}={path}")]
-        order = ["a", "b", "a", "base", "b", "c", "e", "d", "b", "base", "e", "a", "d", "c"]
-        requests = "".join(json.dumps({"prompt": [5, 25, 62], "adapter": name}) + "\n" for name in order)
+        everything = ["a", "b", "f", "a", "f", "base", "b", "c", "e", "d", "b", "base", "e", "f", "a", "d", "c"]
         for settings in ([], ["parallel.tensor=2"], ["--merge"], ["parallel.tensor=2", "--merge"], ["model.quantization=nf4"],
                          ["model.quantization=nf4", "--merge"]):
             with self.subTest(settings):
+                fits = {name: path for name, path in paths.items() if name != "f" or "model.quantization=nf4" not in settings}
+                named = [word for name, path in fits.items() for word in ("--adapter", f"{name}={path}")]
+                order = [name for name in everything if name in (*fits, "base")]
+                requests = "".join(json.dumps({"prompt": [5, 25, 62], "adapter": name}) + "\n" for name in order)
                 if "model.quantization=nf4" in settings:
                     expected = {name: self.generate(*(f"adapter.path={paths[n]}" for n in [name] if n != "base"), settings[0],
                                                     "--prompt-tokens", "5,25,62", "--max-new-tokens", 12, "--json")[0]["tokens"]
@@ -448,6 +472,10 @@ class Life(Case):
         for (_, word), refusal, answer in zip(bad, answers[::2], answers[1::2], strict=True):
             self.assertIn(word, refusal["error"])
             self.assertEqual(answer, answers[1])
+        served = (CORANK, "generate", str(self.run_file), f"adapter.path={adapter}", "--serve", "--max-positions", "64")
+        done = subprocess.run(served, cwd=ROOT, env=ENVIRONMENT, input=b'{"adapter": "\xff", "prompt": [1]}\n\xff\n{"prompt": [5], "max_new_tokens": 3}\n',
+                              capture_output=True, timeout=100)
+        self.assertEqual(["error" in json.loads(line) for line in done.stdout.splitlines()], [True, True, False], done.stderr)
         drawn = [{**good, "temperature": 1.0, "seed": seed, "max_new_tokens": 20} for seed in (1, 2, 1)]
         answers = self.generate("--serve", input="\n".join(map(json.dumps, drawn)))
         self.assertEqual(answers[0], answers[2])
@@ -511,6 +539,30 @@ class AdapterFiles(Case):
         self.succeed(corank("combine", imported, "--weights", "1", "--how", "linear", "--out", self.folder / "same"))
         self.assertAlmostEqual(self.loss(self.folder / "same") / self.loss(self.INPUTS[0]), 1, delta=1e-6)
 
+    def test_import_overwrites_nothing_but_adapters(self):
+        tokens = self.folder / "tokens.h5"
+        shutil.copy(ROOT / "configs/tiny/train.h5", tokens)
+        before = tokens.read_bytes()
+        self.refuse(corank("import", self.INPUTS[0], "--out", tokens), 64, str(tokens), "no adapter")
+        self.assertEqual(tokens.read_bytes(), before)
+        for _ in range(2):
+            self.succeed(corank("import", self.INPUTS[0], "--out", self.folder / "adapter.h5"))
+
+    def test_modules_to_save_have_their_full_names_in_a_peft_folder(self):
+        run, saved = self.folder / "run", "adapter.modules_to_save=[norm, embed_tokens]"
+        self.succeed(self.train("train.max_steps=1", saved, out=run))
+        config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+        self.assertEqual(config["modules_to_save"], ["model.norm", "model.embed_tokens"])
+        self.succeed(self.train("train.max_steps=1", saved, f"adapter.path={run / 'adapter'}", out=self.folder / "on"))
+        self.refuse(self.train("train.max_steps=1", "adapter.modules_to_save=[norm]", f"adapter.path={run / 'adapter'}",
+                               out=self.folder / "no"), 64, "modules_to_save")
+
+    def test_inspect_knows_the_folder_of_a_remora_run(self):
+        run = self.folder / "run"
+        self.succeed(self.train("train.max_steps=3", "adapter.method=mora", "adapter.remora_steps=2",
+                                "adapter.remora_warmup_steps=1", out=run))
+        self.assertIn("remora_0", self.succeed(corank("inspect", run / "adapter")))
+
     def test_combine_refuses(self):
         one, two = self.INPUTS[:2]
         for inputs, options, code, words in (
@@ -518,6 +570,8 @@ class AdapterFiles(Case):
                 ([one, two], ["--weights", "1,nan", "--how", "cat"], 64, ["--weights", "nan"]),
                 ([one, self.INPUTS[2]], ["--weights", "1,1", "--how", "linear"], 64, ["rank 4", "cat or svd"]),
                 ([one, two], ["--weights", "1,1", "--how", "cat", "--r", "4"], 64, ["--r"]),
+                ([one, two], ["--weights", "1e40,1", "--how", "cat"], 64, ["--weights", "float32"]),
+                ([one, ROOT / "tests/golden/families/gpt2/adapter"], ["--weights", "1,1", "--how", "cat"], 65, ["transformer.h.0", "different models"]),
                 ([one, self.folder / "none"], ["--weights", "1,1", "--how", "cat"], 66, ["none"]),
                 ([one, ROOT / "tests/golden/methods/dora/adapter"], ["--weights", "1,1", "--how", "cat"], 64,
                  ["dora", "export --as plain-lora"]),

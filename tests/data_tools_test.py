@@ -576,6 +576,10 @@ class ChatTest(Scratch):
                                      "--serve", "--max-new-tokens", "5"])
         self.assertEqual(requests, [{"prompt": byte_ids(prompt), "adapter": "default", "stop_tokens": byte_ids("<e>")}])
 
+    def test_a_prompt_that_is_no_text_is_refused(self):
+        _, error = self.chat("--prompt", os.fsdecode(b"\xff\xfe"), code=64)
+        self.assertIn("UTF-8", error)
+
     def test_adapters_by_name(self):
         config = self.folder / "model" / "config.json"
         config.write_text(json.dumps({"vocab_size": 300, "max_position_embeddings": 777}))

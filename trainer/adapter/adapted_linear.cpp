@@ -39,6 +39,7 @@ void AdaptedLinear::rebuild(const std::function<at::Tensor(const at::Tensor& ful
   }
   weight_ = make_frozen_weight(base_.format, stored, base_.shard);
   is_merged_ = false;
+  is_original_ = !change;
 }
 
 at::Tensor AdaptedLinear::gather_weight(Communicator& tp) const {
@@ -51,6 +52,7 @@ void AdaptedLinear::merge(const at::Tensor& w_OI) {
   const StoredWeight merged{name(), [&](const Shard& shard) { return take_shard(w_OI, shard); }, {}};
   weight_ = make_frozen_weight(dense, merged, base_.shard);
   is_merged_ = true;
+  is_original_ = false;
 }
 
 at::Tensor AdaptedLinear::stored_form(const at::Tensor& full_OI) const {

@@ -37,6 +37,8 @@ class AdaptedLinear {
   /// rests.
   void merge(const at::Tensor& w_OI);
   bool is_merged() const { return is_merged_; }
+  /// Whether the frozen weight is the model's own: neither merged nor changed.
+  bool is_original() const { return is_original_; }
   /// What the frozen weight would show of the whole `full_OI`: quantised and back. float32.
   at::Tensor stored_form(const at::Tensor& full_OI) const;
   /// Of the full linear: weight and bias.
@@ -58,7 +60,7 @@ class AdaptedLinear {
   at::Tensor weight_leaf_;
   ops::Weight bias_O_;
   bool adds_bias_;
-  bool is_merged_ = false;
+  bool is_merged_ = false, is_original_ = true;
   std::unique_ptr<Adapter> adapter_;
 };
 

@@ -126,6 +126,26 @@ bool is_of_module(const std::string& tensor, const std::string& module) {
   return path.ends_with("." + module);
 }
 
+/// modules_to_save by their full names: PEFT takes a short one for every module whose name ends so, "norm" for
+/// input_layernorm too.
+std::vector<std::string> saved_in_full(const AdapterFile& adapter) {
+  std::vector<std::string> modules;
+  for (const std::string& saved : adapter.config.modules_to_save) {
+    const auto found = std::find_if(adapter.tensors.begin(), adapter.tensors.end(),
+                                    [&](const auto& entry) { return is_of_module(entry.first, saved); });
+    const std::string path = found->first.substr(0, found->first.rfind('.'));
+    modules.push_back(path.substr(std::string(kPrefix).size()));
+  }
+  return modules;
+}
+
+/// The same modules in the same order, in full or by the last parts of their names.
+bool same_modules(const std::vector<std::string>& a, const std::vector<std::string>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const std::string& one, const std::string& other) {
+    return one == other || one.ends_with("." + other) || other.ends_with("." + one);
+  });
+}
+
 std::string model_card(const AdapterFile& adapter) {
   return fmt::format(
       "---\nbase_model: {0}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n"
@@ -175,7 +195,12 @@ void check_adapter(const AdapterFile& adapter, const std::string& origin) {
     if (std::erase_if(tensors, [&](const auto& entry) { return is_of_module(entry.first, saved); }) == 0)
       refuse(fmt::format("the tensor of modules_to_save entry {} is missing", saved));
   }
-  if (!tensors.empty()) refuse(fmt::format("tensor {} is none that its config describes", tensors.begin()->first));
+  if (tensors.empty()) return;
+  throw InputError(fmt::format(
+      "{}: tensor {} is none that its config describes here. corank adapts linears of the blocks and trains "
+      "embedding, last norm and head in full; an adapter on these, or a copy of anything else, it does not "
+      "take. Where the config asks for neither, the adapter is damaged; make it again.",
+      origin, tensors.begin()->first));
 }
 
 void check_fits(const AdapterFile& adapter, const ParameterStore& store) {
@@ -234,6 +259,7 @@ void write_peft_folder(const std::string& folder, AdapterFile adapter) {
     throw ConfigError(fmt::format("{}: {}.", folder, beyond));
   }
   method->to_peft(adapter);
+  adapter.config.modules_to_save = saved_in_full(adapter);
   make_folders(folder);
   auto tensors = adapter.tensors;
   std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -283,7 +309,7 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
                     run.path, fmt::join(modules, ", ")));
   }
   if (run.remora.steps == 0) compare("mora_type", run.mora_type, file.mora_type);
-  if (is_written("modules_to_save") && run.modules_to_save != file.modules_to_save) {
+  if (is_written("modules_to_save") && !same_modules(run.modules_to_save, file.modules_to_save)) {
     throw ConfigError(fmt::format("adapter.modules_to_save: the run file says [{}], {} says [{}].",
                                   fmt::join(run.modules_to_save, ", "), run.path,
                                   fmt::join(file.modules_to_save, ", ")));

@@ -17,6 +17,7 @@ struct AdapterSet::Loaded {
   /// What takes its place in the model, or, while this adapter is in use, what stood there before.
   std::vector<std::pair<AdaptedLinear*, std::unique_ptr<Adapter>>> parts;
   std::vector<std::pair<ops::Weight*, ops::Weight>> saved;
+  bool changes_base = false;  ///< ReMoRA: what it merged belongs to it alone
 
   void exchange() {
     for (auto& [linear, adapter] : parts) adapter = linear->set_adapter(std::move(adapter));
@@ -48,7 +49,18 @@ void AdapterSet::load(const std::string& name, const AdapterFile& file) {
     if (linear->adapter()) loaded->parts.emplace_back(linear, nullptr);
   }
   loaded->exchange();
+  loaded->changes_base = restore_base();
   adapters_.push_back(std::move(loaded));
+}
+
+bool AdapterSet::restore_base() {
+  bool changed = false;
+  for (AdaptedLinear* linear : model_.linears()) {
+    if (linear->is_original()) continue;
+    linear->rebuild();
+    changed = true;
+  }
+  return changed;
 }
 
 void AdapterSet::use(const std::string& name) {
@@ -62,10 +74,12 @@ void AdapterSet::use(const std::string& name) {
   if (before) {
     if (merged_) unmerge_adapter(model_, *before->method, mesh_);
     before->exchange();
+    restore_base();
   }
   in_use_ = name;
   if (!next) return;
   next->exchange();
+  if (next->changes_base) next->method->begin(mesh_);
   if (merged_) merge_adapter(model_, *next->method, next->store, mesh_.tp());
 }
 

@@ -33,6 +33,8 @@ class AdapterSet {
  private:
   struct Loaded;
   Loaded* find(const std::string& name) const;
+  /// Takes back what the adapter that was in use did to frozen weights; false if it did nothing.
+  bool restore_base();
 
   Model& model_;
   const Mesh& mesh_;

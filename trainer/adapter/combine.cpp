@@ -116,11 +116,26 @@ void add_part(Parts& parts, const WeightedAdapter& adapter) {
   parts.list.push_back(std::move(part));
 }
 
+/// What stands before the number of the block: model.layers., transformer.h.
+std::string family_of(const std::string& module) { return module.substr(0, module.find_first_of("0123456789")); }
+
+void require_float32(const std::pair<std::string, PlainFactors>& module) {
+  for (const at::Tensor& factor : {module.second.a_RI, module.second.b_OR}) {
+    if (at::isfinite(factor.to(at::kFloat)).all().item<bool>()) continue;
+    throw ConfigError(
+        fmt::format("--weights: {} becomes larger than float32 can hold. Choose smaller weights.", module.first));
+  }
+}
+
 /// Every module of every adapter, in order of appearance.
 std::vector<Parts> parts_of(const std::vector<WeightedAdapter>& adapters) {
   std::vector<Parts> all;
   for (const WeightedAdapter& adapter : adapters) {
     for (const std::string& module : adapted_modules(adapter.file)) {
+      if (!all.empty() && family_of(module) != family_of(all[0].module)) {
+        throw InputError(fmt::format("{} is of {} and {} of {}. They are adapters of different models.", all[0].module,
+                                     *all[0].list[0].origin, module, adapter.origin));
+      }
       auto found = std::find_if(all.begin(), all.end(), [&](const Parts& parts) { return parts.module == module; });
       if (found == all.end()) found = all.insert(all.end(), Parts{module, {}});
       add_part(*found, adapter);
@@ -161,7 +176,10 @@ AdapterFile combine(const std::vector<WeightedAdapter>& adapters, const std::str
   }
   const int64_t r = rank.value_or(way.rank(ranks));
   std::vector<std::pair<std::string, PlainFactors>> modules;
-  for (const Parts& parts : parts_of(adapters)) modules.emplace_back(parts.module, way.combine(parts, r));
+  for (const Parts& parts : parts_of(adapters)) {
+    modules.emplace_back(parts.module, way.combine(parts, r));
+    require_float32(modules.back());
+  }
   AdapterFile result = plain_lora(adapters[0].file, modules, r);
   result.config.all_linear = false;
   result.config.target_modules = united_targets(adapters);

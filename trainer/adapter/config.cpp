@@ -112,7 +112,7 @@ void check_remora(const RemoraConfig& c, const Require& require) {
   require(c.steps >= 0, "remora_steps", c.steps, "a number of steps");
   if (c.steps == 0) return;
   require(c.warmup_steps >= 0 && c.warmup_steps < c.steps, "remora_warmup_steps", c.warmup_steps,
-          "a number of steps below remora_steps");
+          "a number of steps below remora_steps (50 where it is not given). Set remora_warmup_steps");
 }
 
 void check_expression(const std::string& expression, const std::string& key, const Fail& fail) {
@@ -362,9 +362,13 @@ std::vector<std::string> select_targets(const AdapterConfig& config, const std::
     const std::string kind = name.substr(name.rfind('.') + 1);
     if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
   }
+  const ModulePattern& targets = config.target_modules;
+  const std::string wanted =
+      targets.expression.empty()
+          ? fmt::format("[{}]", fmt::join(targets.names, ", "))
+          : fmt::format("the regular expression '{0}' (a name is a list of one: [{0}])", targets.expression);
   throw ConfigError(
-      fmt::format("adapter.target_modules: nothing matches [{}{}]{}. The model's linears are named {} (e.g. {}).",
-                  fmt::join(config.target_modules.names, ", "), config.target_modules.expression,
+      fmt::format("adapter.target_modules: nothing matches {}{}. The model's linears are named {} (e.g. {}).", wanted,
                   config.exclude_modules.empty() ? "" : " after exclude_modules", fmt::join(kinds, ", "),
                   linears.empty() ? "none" : linears.front()));
 }

@@ -88,6 +88,10 @@ class AdapterMethod {
   }
   /// The tensors of one module in an adapter file.
   virtual ModuleParts parts(const std::string& module) const;
+  /// The configuration of the form in which to_peft and from_checkpoint hand the adapter on.
+  virtual AdapterConfig exchange_config() const { return config_; }
+  /// Why that form is not the trained adapter over a base that the run quantised, and what to do; empty: it is.
+  virtual std::string beyond_quantised() const { return ""; }
   /// Turns what a checkpoint holds into what PEFT loads.
   virtual void to_peft(AdapterFile& /*file*/) const {}
   /// The way back.

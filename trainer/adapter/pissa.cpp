@@ -104,13 +104,21 @@ class Pissa : public AdapterMethod {
     std::erase_if(file.tensors,
                   [](const auto& entry) { return entry.first.ends_with(kFirstA) || entry.first.ends_with(kFirstB); });
     for (auto& [name, tensor] : file.tensors) tensor = tensors.at(name);
+    file.config = exchange_config();
+  }
+  AdapterConfig exchange_config() const override {
     const double factor = config_.use_rslora ? std::sqrt(2.0) : 2.0;
-    AdapterConfig& c = file.config;
+    AdapterConfig c = config_;
     c.method = "lora";
     c.r *= 2;
     c.lora_alpha *= factor;
     for (auto& entry : c.rank_pattern) entry.second *= 2;
     for (auto& entry : c.alpha_pattern) entry.second *= factor;
+    return c;
+  }
+  std::string beyond_quantised() const override {
+    return "a PiSSA result is an adapter of the original weights, and the quantised ones are not those it was trained "
+           "on (the quantised residual). Use it on the original weights";
   }
 
  private:

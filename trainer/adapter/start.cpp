@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "configs/error.h"
 #include "trainer/adapter/lora_factors.h"
 #include "trainer/model/model.h"
@@ -12,6 +14,16 @@ namespace {
 /// LoRA+ as PEFT groups parameters (methods 2.3): B, and every tensor of one dimension.
 double loraplus_scale(const ParameterSpec& spec, double ratio) {
   return spec.shape.size() == 1 || spec.name.find("lora_B") != std::string::npos ? ratio : 1;
+}
+
+/// Modules of the weights that can be trained in full.
+std::vector<std::string> saveable(const std::vector<NamedWeight>& weights) {
+  std::vector<std::string> modules;
+  for (const NamedWeight& weight : weights) {
+    const std::string module = weight.name.substr(0, weight.name.rfind('.'));
+    if (weight.saveable && std::count(modules.begin(), modules.end(), module) == 0) modules.push_back(module);
+  }
+  return modules.empty() ? std::vector<std::string>{"none"} : modules;
 }
 
 }  // namespace
@@ -25,9 +37,9 @@ std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config
     });
     if (found == others.end()) {
       throw ConfigError(fmt::format(
-          "adapter.modules_to_save: {} is not one that can be trained in full beside an adapter: the embedding, the "
-          "last norm, or the head, unless head and embedding are tied.",
-          wanted));
+          "adapter.modules_to_save: {} is not one that this model can train in full beside an adapter: embedding and "
+          "head unless they are one tied weight, and the last norm. Left to choose from: {}.",
+          wanted, fmt::join(saveable(others), ", ")));
     }
     saved.insert(saved.end(), found, others.end());  // weight and, in a LayerNorm, bias
     others.erase(found, others.end());
