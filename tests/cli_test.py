@@ -816,6 +816,7 @@ class Runs(Case):
         self.succeed(self.train(*start, *keys[1:], out=self.folder / "on"))
         self.refuse(self.train(*start, *keys[1:], "adapter.remora_types=[2, 1]", out=self.folder / "other"), 64, "[1, 2]")
         self.refuse(corank("validate", TINY, *start, "model.quantization=nf4"), 64, "remora_steps")
+        self.refuse(corank("validate", TINY, "adapter.method=mora", "adapter.remora_steps=60"), 64, "remora_steps", "the run's 20 steps")
 
     def test_uuid_experiment(self):
         """The script from data to table, with runs of four steps."""

@@ -342,6 +342,12 @@ void require_every_entry(const AdapterConfig& config, const std::vector<std::str
 
 void check_schedule(const AdapterConfig& config) {
   const AdaLoraConfig& c = config.adalora;
+  if (config.remora.steps > c.total_step) {
+    throw ConfigError(fmt::format(
+        "adapter.remora_steps: {} is more than the run's {} steps, so nothing would be merged. Lower it, train longer, "
+        "or leave it out.",
+        config.remora.steps, c.total_step));
+  }
   if (config.method != "adalora" || c.tinit < c.total_step - c.tfinal) return;
   throw ConfigError(fmt::format(
       "adapter.tinit: {} steps at the start and adapter.tfinal: {} at the end leave none of the run's {} for choosing "

@@ -104,7 +104,8 @@ void check(const AdapterConfig& config,
 /// the targets match: a typing error that would silently train something else.
 void require_every_entry(const AdapterConfig& config, const std::vector<std::string>& linears);
 
-/// AdaLoRA's steps against the run's: ConfigError where no step is left for choosing ranks.
+/// The method's steps against the run's: ConfigError where AdaLoRA has none left to choose ranks or ReMoRA never
+/// merges.
 void check_schedule(const AdapterConfig& config);
 
 /// The modules of `linears` that the config adapts, in order. ConfigError, with the nearest names, if there is none.
