@@ -1,5 +1,6 @@
-// peft_export MODEL_DIR OUT_DIR [METHOD]: trains three steps on fixed tokens, writes OUT_DIR/adapter (PEFT folder),
-// OUT_DIR/merged (model folder) and OUT_DIR/logits.safetensors for tests/golden/check_peft.py.
+// peft_export MODEL_DIR OUT_DIR [METHOD [SAVED...]]: trains three steps on fixed tokens, writes OUT_DIR/adapter (PEFT
+// folder), OUT_DIR/merged (model folder) and OUT_DIR/logits.safetensors for tests/golden/check_peft.py. SAVED:
+// modules_to_save.
 #include <fmt/format.h>
 
 #include "data/file.h"
@@ -18,6 +19,7 @@ int main(int argc, char** argv) {
   options.max_positions = 64;
   AdapterConfig config;
   if (argc > 3) config.method = argv[3];
+  for (int i = 4; i < argc; ++i) config.modules_to_save.emplace_back(argv[i]);
   config.adalora.init_r = 6;
   config.adalora.target_r = 3;
   config.adalora.total_step = 3;
