@@ -18,6 +18,9 @@ inline bool has_kernel(const at::Tensor& x) {
   return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
 }
 
+/// True if products of x are made by matrix units with float32 sums, which read rows of 16 bytes.
+inline bool on_matrix_units(const at::Tensor& x) { return x.is_cuda() && x.scalar_type() == at::kBFloat16; }
+
 /// y = dropped and scaled x; both [N, I]. float64 too.
 void dropout(const at::Tensor& x_NI, const at::Tensor& y_NI, const Dropout& dropout);
 

@@ -15,11 +15,9 @@ at::Tensor scale_columns(const at::Tensor& x_NO, const at::Tensor& factor_O) {
   return at::mul_out(y_NO, x_NO, factor_O);
 }
 
-bool on_matrix_units(const at::Tensor& t) { return t.is_cuda() && t.scalar_type() == at::kBFloat16; }
-
 /// q = gamma (q + s u B^T), in place.
 void scaled_sum(at::Tensor& q_NO, const at::Tensor& u_NR, const LowRank& f, const at::Tensor& gamma_O) {
-  if (on_matrix_units(q_NO)) {
+  if (cuda::on_matrix_units(q_NO)) {
     return cuda::scaled_low_rank_sum(q_NO, u_NR, f.b_OR.value, f.scale, gamma_O);
   }
   q_NO.addmm_(u_NR, f.b_OR.value.t(), /*beta=*/1, /*alpha=*/f.scale);
@@ -34,7 +32,7 @@ struct Behind {
 
 Behind behind(const at::Tensor& g_NO, const at::Tensor& z_NO, const at::Tensor& u_NR, const at::Tensor& gamma_O,
               const at::Tensor& factor_O) {
-  if (on_matrix_units(g_NO)) {
+  if (cuda::on_matrix_units(g_NO)) {
     const auto [h_NO, dm_O, hu_OR] = cuda::dora_gradients(g_NO, z_NO, u_NR, gamma_O, factor_O);
     return {h_NO, dm_O, hu_OR};
   }
@@ -111,7 +109,7 @@ at::Tensor squared_row_norms(const at::Tensor& w_OI, at::ScalarType dtype) {
 
 at::Tensor squared_row_norms(const at::Tensor& base_squares_MO, const std::vector<const Matrix*>& weights,
                              const std::vector<LowRank>& factors) {
-  if (on_matrix_units(factors.front().a_RI.value) && factors.front().a_RI.value.size(1) % 8 == 0) {
+  if (cuda::on_matrix_units(factors.front().a_RI.value) && factors.front().a_RI.value.size(1) % 8 == 0) {
     return squared_row_norms_in_batches(weights, factors);
   }
   const auto dtype = base_squares_MO.scalar_type();

@@ -1,5 +1,7 @@
 #include "trainer/ops/low_rank.h"
 
+#include "trainer/ops/cuda.h"
+
 namespace corank::ops {
 
 LowRank padded(LowRank f, int64_t multiple) {
@@ -10,10 +12,7 @@ LowRank padded(LowRank f, int64_t multiple) {
   return f;
 }
 
-LowRank aligned(LowRank f) {
-  const bool matrix_units = f.a_RI.value.is_cuda() && f.a_RI.value.scalar_type() == at::kBFloat16;
-  return matrix_units ? padded(std::move(f), 8) : f;
-}
+LowRank aligned(LowRank f) { return cuda::on_matrix_units(f.a_RI.value) ? padded(std::move(f), 8) : f; }
 
 LowRankUpdate::LowRankUpdate(LowRank factors) : f_(aligned(std::move(factors))) {}
 

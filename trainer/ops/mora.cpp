@@ -123,7 +123,7 @@ at::Tensor through(const at::Tensor& c, const at::Tensor& m) { return at::mm(c.f
 at::Tensor square_gradient(const at::Tensor& dz, const at::Tensor& c, at::ScalarType dtype) {
   const at::Tensor dz_XP = dz.flatten(0, -2), c_XP = c.flatten(0, -2);
   const int64_t rows = c_XP.size(0), pitch = c_XP.size(1);
-  int64_t parts = c.is_cuda() && c.scalar_type() == at::kBFloat16 ? std::max<int64_t>(1, rows / kRowsOfPart) : 1;
+  int64_t parts = cuda::on_matrix_units(c) ? std::max<int64_t>(1, rows / kRowsOfPart) : 1;
   while (rows % parts != 0) --parts;
   if (parts == 1) return matmul_to(dz_XP.t(), c_XP, dtype);
   const std::vector<int64_t> split{parts, rows / parts, pitch};
