@@ -15,8 +15,8 @@ namespace {
 
 int run_eval(const CommandLine& line, const World& world) {
   share_cores(world);
-  const RunConfig given = read_run(line.run_file, line.overrides);
-  const RunConfig run = with_trained_adapter(given, given.model.quantization != "none", kOriginalWeights);
+  RunConfig run = read_run(line.run_file, line.overrides);
+  run = with_trained_adapter(run, run.model.quantization != "none");
   if (run.data.eval.empty()) throw ConfigError(run.file + ": data.eval: names no token file.");
   check_together(check_inputs, run, world);
   Session session(run, world);

@@ -160,8 +160,8 @@ int run_generate(const Arguments& a, const World& world) {
   share_cores(world);
   check_mode(a);
   check_options(a.options);
-  const RunConfig given = read_run(a.run_file, a.overrides);
-  RunConfig run = with_trained_adapter(given, given.model.quantization != "none", kOriginalWeights);
+  RunConfig run = read_run(a.run_file, a.overrides);
+  run = with_trained_adapter(run, run.model.quantization != "none");
   if (run.parallel.tensor != world.size()) {
     throw ConfigError(
         fmt::format("generate: {} ranks, but parallel.tensor is {}. A prompt has one data-parallel group.",

@@ -86,7 +86,7 @@ int run_merge(const Arguments& a) {
   check_run(run);
   check_output(a, run);
   const bool dequantize = dequantizes(a, run);
-  const AdapterFile adapter = adapter_of(with_trained_adapter(run, dequantize, "give --base original"));
+  const AdapterFile adapter = adapter_of(with_trained_adapter(run, dequantize));
   AtomicFolder folder(a.output);
   const MergeResult result = write_merged_model(folder.path(), run.model, adapter, dequantize);
   folder.commit();

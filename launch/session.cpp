@@ -23,11 +23,11 @@ std::unique_ptr<Mesh> make_mesh(const RunConfig& run, const World& world, Ledger
 
 }  // namespace
 
-RunConfig with_trained_adapter(RunConfig run, bool quantised, const std::string& remedy) {
+RunConfig with_trained_adapter(RunConfig run, bool quantised) {
   if (run.adapter.path.empty()) return run;
   const auto method = make_method(run.adapter);
   if (const std::string why = method->beyond_quantised(); quantised && !why.empty()) {
-    throw ConfigError(fmt::format("{}: adapter.path: {}: {}.", run.file, why, remedy));
+    throw ConfigError(fmt::format("{}: adapter.path: {}.", run.file, why));
   }
   run.adapter = method->exchange_config();
   if (run.adapter.method == method->config().method) return run;

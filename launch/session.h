@@ -14,13 +14,10 @@
 
 namespace corank {
 
-/// A remedy for with_trained_adapter.
-constexpr const char* kOriginalWeights = "give model.quantization=none adapter.pissa_iterations=null";
-
 /// `run` as commands read it that use what training left: its adapter section in the form in which its method hands
 /// adapters on (PiSSA: a LoRA of twice the rank). ConfigError where that is not the trained adapter over a base that is
-/// `quantised` by the run; `remedy` says what to give instead.
-RunConfig with_trained_adapter(RunConfig run, bool quantised, const std::string& remedy);
+/// `quantised` by the run.
+RunConfig with_trained_adapter(RunConfig run, bool quantised);
 
 /// The adapter at adapter.path, checked, its configuration merged with the run's keys.
 AdapterFile read_run_adapter(const RunConfig& run, Model& model);

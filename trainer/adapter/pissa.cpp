@@ -118,7 +118,8 @@ class Pissa : public AdapterMethod {
   }
   std::string beyond_quantised() const override {
     return "a PiSSA result is an adapter of the original weights, and the quantised ones are not those it was trained "
-           "on (the quantised residual). Use it on the original weights";
+           "on (the quantised residual). Use it on the original weights: model.quantization=none "
+           "adapter.pissa_iterations=null, or merge --base original";
   }
 
  private:
