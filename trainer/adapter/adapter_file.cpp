@@ -133,6 +133,9 @@ std::vector<std::string> saved_in_full(const AdapterFile& adapter) {
   for (const std::string& saved : adapter.config.modules_to_save) {
     const auto found = std::find_if(adapter.tensors.begin(), adapter.tensors.end(),
                                     [&](const auto& entry) { return is_of_module(entry.first, saved); });
+    if (found == adapter.tensors.end()) {
+      throw InputError(fmt::format("modules_to_save names {}, of which there is no tensor.", saved));
+    }
     const std::string path = found->first.substr(0, found->first.rfind('.'));
     modules.push_back(path.substr(std::string(kPrefix).size()));
   }

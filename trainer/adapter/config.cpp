@@ -112,7 +112,7 @@ void check_remora(const RemoraConfig& c, const Require& require) {
   require(c.steps >= 0, "remora_steps", c.steps, "a number of steps");
   if (c.steps == 0) return;
   require(c.warmup_steps >= 0 && c.warmup_steps < c.steps, "remora_warmup_steps", c.warmup_steps,
-          "a number of steps below remora_steps (50 where it is not given). Set remora_warmup_steps");
+          "a number of steps below remora_steps; set remora_warmup_steps beside it");
 }
 
 void check_expression(const std::string& expression, const std::string& key, const Fail& fail) {
