@@ -56,15 +56,25 @@ class Checker : public json::json_sax_t {
   std::vector<std::unordered_set<std::string>> open_;
 };
 
-}  // namespace
-
-json parse_json(const std::string& text, const std::string& origin, size_t max_depth, size_t max_keys) {
+void check(const std::string& text, const std::string& origin, size_t max_depth, size_t max_keys) {
   if (text.starts_with("\xef\xbb\xbf")) throw InputError(origin + ": begins with a byte order mark; remove it.");
   // The parser would take a NUL for the end of the text.
   if (text.find('\0') != std::string::npos) throw InputError(origin + ": not valid JSON: it holds a NUL byte.");
   Checker checker(origin, max_depth, max_keys);
   json::sax_parse(text, &checker);
+}
+
+}  // namespace
+
+json parse_json(const std::string& text, const std::string& origin, size_t max_depth, size_t max_keys) {
+  check(text, origin, max_depth, max_keys);
   return json::parse(text);
+}
+
+nlohmann::ordered_json parse_ordered_json(const std::string& text, const std::string& origin, size_t max_depth,
+                                          size_t max_keys) {
+  check(text, origin, max_depth, max_keys);
+  return nlohmann::ordered_json::parse(text);
 }
 
 }  // namespace corank
