@@ -17,6 +17,7 @@ struct Batch {
                           ///< whatever the layout, so it is the counter of everything drawn at random per token
   at::Tensor cu_seqlens;  ///< int32 [S + 1], cumulative lengths, on the batch's device
   std::vector<int64_t> lengths;  ///< the same on the host: [S]
+  std::vector<int64_t> samples;  ///< number of each segment's sample in its file, -1 where it has none: [S]
   int64_t max_length = 0;        ///< longest segment
 
   int64_t num_tokens() const { return tokens_N.numel(); }

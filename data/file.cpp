@@ -21,11 +21,25 @@ namespace {
 
 constexpr size_t kBlockBytes = size_t{1} << 20;
 constexpr int kTemporaryNames = 100;
+constexpr const char* kTemporaryEnd = ".tmp";
 
 std::string reason() { return std::generic_category().message(errno); }
 
 [[noreturn]] void fail_storage(const std::string& path, const std::string& what) {
   throw StorageError(path + ": " + what + ": " + reason() + ". Check the free space, the permissions and the disk.");
+}
+
+/// <name>.<process id>-<i>.tmp, as AtomicFile makes it.
+bool is_temporary(const std::string& name) {
+  const std::string end = kTemporaryEnd;
+  if (!name.ends_with(end)) return false;
+  const std::string numbers = name.substr(0, name.size() - end.size());
+  const size_t dot = numbers.rfind('.'), dash = numbers.rfind('-');
+  const auto is_number = [](const std::string& text) {
+    return !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+  };
+  return dot != std::string::npos && dot > 0 && dash != std::string::npos && dash > dot &&
+         is_number(numbers.substr(dot + 1, dash - dot - 1)) && is_number(numbers.substr(dash + 1));
 }
 
 std::string folder_of(const std::string& path) {
@@ -135,7 +149,7 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path) {
   }
   // A process that was killed may have left its name behind, and process ids come again.
   for (int i = 0; i < kTemporaryNames && fd_ < 0; ++i) {
-    temporary_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(i) + ".tmp";
+    temporary_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(i) + kTemporaryEnd;
     fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
     if (fd_ < 0 && errno != EEXIST) break;
   }
@@ -174,6 +188,13 @@ std::string AtomicFile::commit() {
   temporary_.clear();
   sync_folder(folder_of(path_));
   return digest;
+}
+
+void remove_temporaries(const std::string& folder) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const bool is_file = std::filesystem::is_regular_file(entry.symlink_status());
+    if (is_file && is_temporary(entry.path().filename().string())) std::filesystem::remove(entry.path());
+  }
 }
 
 void make_folders(const std::string& path) {

@@ -50,6 +50,9 @@ class AtomicFile {
   Sha256 hash_;
 };
 
+/// Removes from `folder` what killed processes left of the two above. Only while no other process writes there.
+void remove_temporaries(const std::string& folder);
+
 class FolderLock;
 
 /// A folder that appears complete or not at all: filled beside its place, as <path>.partial, and renamed by `commit`.

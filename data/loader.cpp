@@ -60,6 +60,7 @@ struct BatchBuilder {
     }
     row += length;
     batch.lengths.push_back(length);
+    batch.samples.push_back(sample.number);
     batch.max_length = std::max(batch.max_length, length);
     cu_seqlens[batch.lengths.size()] = static_cast<int32_t>(row);
   }
@@ -121,7 +122,7 @@ Batch read_batch(Memory memory, const TokenFile& file, const Sequences& sequence
     for (const int64_t number : sequences[i]) {
       const Sample whole = file.read(number);
       const int64_t length = std::min(whole.tokens.numel(), seq_len);
-      sequence.push_back({whole.tokens.narrow(0, 0, length), whole.loss_mask.narrow(0, 0, length)});
+      sequence.push_back({whole.tokens.narrow(0, 0, length), whole.loss_mask.narrow(0, 0, length), number});
     }
   }
   return make_batch_in(memory, samples.empty() ? padding() : samples, first_sequence, seq_len);
@@ -129,11 +130,14 @@ Batch read_batch(Memory memory, const TokenFile& file, const Sequences& sequence
 
 int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-void check(const LoaderOptions& options) {
+void check_rank(const LoaderOptions& options) {
   if (options.dp_size < 1 || options.dp_rank < 0 || options.dp_rank >= options.dp_size) {
     throw InternalError("no data-parallel rank " + std::to_string(options.dp_rank) + " of " +
                         std::to_string(options.dp_size) + ".");
   }
+}
+
+void check_batch(const LoaderOptions& options) {
   const int64_t global = options.global_batch_size, micro = options.micro_batch_size;
   if (global < 1 || micro < 1 || global % (micro * options.dp_size) != 0) {
     throw ConfigError("train.global_batch_size " + std::to_string(global) +
@@ -214,7 +218,8 @@ struct Loader::Impl {
 };
 
 Loader::Loader(const TokenFile& file, LoaderOptions options) {
-  check(options);
+  check_rank(options);
+  check_batch(options);
   impl_ = std::make_unique<Impl>(file, options);
   impl_->start();
 }
@@ -247,7 +252,7 @@ int64_t Loader::steps_in_epoch(int64_t epoch) const {
 }
 
 std::vector<Batch> evaluation_batches(const TokenFile& file, const LoaderOptions& options) {
-  check(options);
+  check_rank(options);
   SamplerOptions in_order = options.sampler;
   in_order.shuffle = false;
   const Sequences sequences = Sampler(file, in_order).sequences(0);

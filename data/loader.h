@@ -56,9 +56,9 @@ class Loader {
   std::unique_ptr<Impl> impl_;
 };
 
-/// One pass in file order over `file` (evaluation): every sample once, micro-batch k to rank k mod dp_size, as many
-/// micro-batches on every rank (padding ones as in Loader), no shuffling. slots_N counts from the file's first
-/// sequence.
+/// One pass in file order over `file` (evaluation): every sample with a target once, micro-batch k to rank k mod
+/// dp_size, as many micro-batches on every rank (padding ones as in Loader), no shuffling. slots_N counts from the
+/// file's first sequence. global_batch_size does not matter.
 std::vector<Batch> evaluation_batches(const TokenFile& file, const LoaderOptions& options);
 
 /// A micro-batch from samples that stand in given sequences of the global batch; the loader's inner step, also for

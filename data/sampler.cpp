@@ -1,7 +1,6 @@
 #include "data/sampler.h"
 
 #include <algorithm>
-#include <numeric>
 #include <string>
 #include <utility>
 
@@ -46,12 +45,15 @@ Sampler::Sampler(const TokenFile& file, SamplerOptions options) : file_(file), o
   if (options_.seq_len < 2) {
     throw ConfigError("data.seq_len is " + std::to_string(options_.seq_len) + " and must be at least 2.");
   }
-  for (int64_t i = 0; i < file_.size(); ++i) num_truncated_ += file_.length(i) > options_.seq_len;
+  used_ = file_.samples_with_target(options_.seq_len);
+}
+
+int64_t Sampler::num_truncated() const {
+  return std::count_if(used_.begin(), used_.end(), [&](int64_t i) { return file_.length(i) > options_.seq_len; });
 }
 
 std::vector<int64_t> Sampler::sample_order(int64_t epoch) const {
-  std::vector<int64_t> order(static_cast<size_t>(file_.size()));
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = used_;
   if (!options_.shuffle) return order;
   SplitMix64 random(epoch_key(options_.seed, epoch));
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);

@@ -15,7 +15,8 @@ struct SamplerOptions {
 
 /// The sequences of one epoch: which samples stand in each. A pure function of (file, options, epoch), never of ranks,
 /// platform or library version. Packing fills sequences in sample order (first fit over a small window of open ones).
-/// Every sample appears exactly once an epoch. Borrows the file.
+/// Every sample that has a target once it is cut appears exactly once an epoch; the others are left out. Borrows the
+/// file.
 class Sampler {
  public:
   /// ConfigError if seq_len is below 2: a target needs a token before it.
@@ -23,8 +24,10 @@ class Sampler {
 
   /// Sequences of `epoch` (from 0): each a list of sample numbers.
   std::vector<std::vector<int64_t>> sequences(int64_t epoch) const;
-  /// Samples longer than seq_len, whose ends are never seen.
-  int64_t num_truncated() const { return num_truncated_; }
+  /// Samples that appear.
+  int64_t num_used() const { return static_cast<int64_t>(used_.size()); }
+  /// Those of them that are longer than seq_len, whose ends are never seen.
+  int64_t num_truncated() const;
   const SamplerOptions& options() const { return options_; }
 
  private:
@@ -32,7 +35,7 @@ class Sampler {
   std::vector<std::vector<int64_t>> pack(const std::vector<int64_t>& order) const;
   const TokenFile& file_;
   SamplerOptions options_;
-  int64_t num_truncated_ = 0;
+  std::vector<int64_t> used_;  ///< in file order
 };
 
 }  // namespace corank

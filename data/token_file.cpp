@@ -63,6 +63,20 @@ std::string_view bytes_of(const at::Tensor& tensor) {
   return {static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()};
 }
 
+/// The end of the samples that are read together, from `first` on: a block of tokens, or one longer sample.
+int64_t block_end(const std::vector<int64_t>& offsets, int64_t first) {
+  const auto limit = std::upper_bound(offsets.begin() + first, offsets.end(), offsets[first] + kBlockTokens);
+  return std::max<int64_t>(first + 1, limit - offsets.begin() - 1);
+}
+
+TokenizerMark read_tokenizer(const h5::Reader& reader) {
+  const auto read = [&](const char* name) {
+    const std::string value = reader.has_attribute(name) ? reader.attribute_string(name) : "none";
+    return value == "none" ? std::string() : value;
+  };
+  return {read("tokenizer"), read("tokenizer_content"), read("tokenizer_loaded")};
+}
+
 std::string utc_now() {
   const std::time_t now = std::time(nullptr);
   std::tm parts{};
@@ -77,10 +91,13 @@ struct TokenFile::Impl {
   std::optional<h5::Reader> reader;  ///< while tokens and mask are not in memory
   at::Tensor tokens, mask;
 
+  at::Tensor read_mask(int64_t begin, int64_t end) const {
+    return reader ? reader->read_range("loss_mask", begin, end) : mask.narrow(0, begin, end - begin);
+  }
   /// Tokens [begin, end) of the file.
   Sample read(int64_t begin, int64_t end) const {
-    if (reader) return {reader->read_range("tokens", begin, end), reader->read_range("loss_mask", begin, end)};
-    return {tokens.narrow(0, begin, end - begin), mask.narrow(0, begin, end - begin)};
+    return {reader ? reader->read_range("tokens", begin, end) : tokens.narrow(0, begin, end - begin),
+            read_mask(begin, end)};
   }
 };
 
@@ -89,6 +106,7 @@ TokenFile::TokenFile(const std::string& path, int64_t memory_limit) : path_(path
   check_format(reader);
   vocab_size_ = reader.attribute_int("vocab_size");
   if (vocab_size_ < 1) refuse(path, "has vocab_size " + std::to_string(vocab_size_) + ", which must be at least 1");
+  tokenizer_ = read_tokenizer(reader);
   const int64_t num_tokens = check_vector(reader, "tokens", at::kInt);
   if (const int64_t num_masks = check_vector(reader, "loss_mask", at::kByte); num_masks != num_tokens) {
     refuse(path, "has " + std::to_string(num_tokens) + " tokens and " + std::to_string(num_masks) + " mask entries");
@@ -108,7 +126,23 @@ Sample TokenFile::read(int64_t sample) const {
   if (sample < 0 || sample >= size()) {
     throw InternalError(path_ + ": no sample " + std::to_string(sample) + " among " + std::to_string(size()) + ".");
   }
-  return impl_->read(offsets_[sample], offsets_[sample + 1]);
+  Sample result = impl_->read(offsets_[sample], offsets_[sample + 1]);
+  result.number = sample;
+  return result;
+}
+
+std::vector<int64_t> TokenFile::samples_with_target(int64_t seq_len) const {
+  std::vector<int64_t> numbers;
+  for (int64_t first = 0, last = 0; first < size(); first = last) {
+    last = block_end(offsets_, first);
+    const at::Tensor block = impl_->read_mask(offsets_[first], offsets_[last]);
+    for (int64_t i = first; i < last; ++i) {
+      const uint8_t* mask = block.const_data_ptr<uint8_t>() + (offsets_[i] - offsets_[first]);
+      const uint8_t* end = mask + std::min(length(i), seq_len);
+      if (std::any_of(mask + 1, end, [](uint8_t entry) { return entry != 0; })) numbers.push_back(i);
+    }
+  }
+  return numbers;
 }
 
 std::string TokenFile::fingerprint() const {
@@ -153,7 +187,7 @@ void TokenFile::validate(int64_t vocab_size) const {
                       std::to_string(vocab_size));
   }
   for (int64_t first = 0, last = 0; first < size(); first = last) {
-    while (last < size() && (last == first || offsets_[last + 1] - offsets_[first] <= kBlockTokens)) ++last;
+    last = block_end(offsets_, first);
     const Sample block = impl_->read(offsets_[first], offsets_[last]);
     const int32_t* tokens = block.tokens.const_data_ptr<int32_t>();
     const uint8_t* mask = block.loss_mask.const_data_ptr<uint8_t>();

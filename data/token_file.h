@@ -12,6 +12,13 @@ namespace corank {
 struct Sample {
   at::Tensor tokens;     ///< int32 [T]
   at::Tensor loss_mask;  ///< uint8 [T]; 1 = to be predicted from the tokens before it; entry 0 never counts
+  int64_t number = -1;   ///< in its file
+};
+
+/// What a token file says of the tokenizer that made it: "sha256:<hex>" each, empty where it says nothing.
+struct TokenizerMark {
+  std::string file;             ///< of tokenizer.json's bytes
+  std::string content, loaded;  ///< tokenizer_fingerprint() of that file, and of what the program had loaded from it
 };
 
 /// Samples in one HDF5 file (README, "Token file"). Immutable; sample i is a pure function of the file. Opened by every
@@ -30,8 +37,11 @@ class TokenFile {
   int64_t num_tokens() const { return offsets_.back(); }
   int64_t vocab_size() const { return vocab_size_; }
   const std::string& path() const { return path_; }
+  const TokenizerMark& tokenizer() const { return tokenizer_; }
   /// May share memory with the file's other samples: not to be written to.
   Sample read(int64_t sample) const;
+  /// The samples that have a target among their first `seq_len` tokens, in file order. Reads all masks.
+  std::vector<int64_t> samples_with_target(int64_t seq_len) const;
   /// SHA-256 of tokens, offsets and mask: the data's part of a run's identity. Reads everything.
   std::string fingerprint() const;
   /// Reads the whole file once: token ids in [0, vocab_size), mask 0 or 1, every sample with at least one target after
@@ -43,6 +53,7 @@ class TokenFile {
   std::string path_;
   std::vector<int64_t> offsets_;
   int64_t vocab_size_ = 0;
+  TokenizerMark tokenizer_;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -73,7 +73,7 @@ bool all_equal(const Report& report) {
 int run_bench_comm(const CommandLine& line, const World& world) {
   share_cores(world);
   const RunConfig run = read_run(line.run_file, line.overrides);
-  check_together(check_inputs, run, world);
+  check_together(check_bench, run, world);
   RunConfig full_run = run;
   full_run.adapter = {};
   full_run.adapter.method = "full";

@@ -46,7 +46,7 @@ double median(std::vector<double> values) {
 int run_bench_step(const Arguments& a, const World& world) {
   const int threads = share_cores(world);
   const RunConfig run = read_run(a.run_file, a.overrides);
-  check_together(check_inputs, run, world);
+  check_together(check_bench, run, world);
   Session session(run, world);
   Console console(session.leader(), a.json);
   console.introduce(session, world, threads);

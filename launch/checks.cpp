@@ -11,6 +11,7 @@
 
 #include "comm/backends.h"
 #include "data/file.h"
+#include "data/tokenizer_identity.h"
 #include "launch/session.h"
 #include "trainer/adapter/adapter_file.h"
 #include "trainer/adapter/methods.h"
@@ -20,13 +21,16 @@
 namespace corank {
 namespace {
 
-void check_layout(const RunConfig& run, int ranks) {
+void check_ranks(const RunConfig& run, int ranks) {
   const int64_t tensor = run.parallel.tensor;
   if (ranks % tensor != 0) {
     throw ConfigError(fmt::format(
         "parallel.tensor: {} does not divide the {} ranks of this job. Start a multiple of it.", tensor, ranks));
   }
-  const int64_t data = ranks / tensor, rows = run.train.micro_batch_size * data;
+}
+
+void check_batch(const RunConfig& run, int ranks) {
+  const int64_t data = ranks / run.parallel.tensor, rows = run.train.micro_batch_size * data;
   if (run.train.global_batch_size % rows != 0) {
     throw ConfigError(
         fmt::format("train.global_batch_size: {} is not a multiple of micro_batch_size {} x {} data-parallel "
@@ -36,6 +40,8 @@ void check_layout(const RunConfig& run, int ranks) {
 }
 
 namespace fs = std::filesystem;
+
+constexpr int64_t kMaxRunFileBytes = int64_t{1} << 20;
 
 /// A list entry that names no linear is a typing error that would silently train less.
 void require_every_target(const AdapterConfig& adapter, const std::vector<std::string>& linears) {
@@ -47,20 +53,16 @@ void require_every_target(const AdapterConfig& adapter, const std::vector<std::s
   }
 }
 
-bool has_target(const Sample& sample, int64_t seq_len) {
-  const int64_t length = std::min(sample.loss_mask.numel(), seq_len);
-  return sample.loss_mask.narrow(0, 1, length - 1).any().item<bool>();
-}
-
-int64_t check_tokens(const std::string& path, int64_t vocab_size, int64_t seq_len) {
+/// The number of samples that a token file has for the run; 0 without a file.
+int64_t check_tokens(const RunConfig& run, const std::string& path, int64_t vocab_size) {
   if (path.empty()) return 0;
   const TokenFile file(path);
+  if (!run.model.path.empty()) require_same_tokenizer(file, run.model.path, vocab_size);
   file.validate(vocab_size);
-  for (int64_t i = 0; i < file.size(); ++i) {
-    if (has_target(file.read(i), seq_len)) return file.size();
-  }
-  throw InputError(
-      fmt::format("{}: no target is left once samples are cut to data.seq_len {}. Raise data.seq_len.", path, seq_len));
+  const auto used = static_cast<int64_t>(file.samples_with_target(run.data.seq_len).size());
+  if (used > 0) return used;
+  throw InputError(fmt::format("{}: no target is left once samples are cut to data.seq_len {}. Raise data.seq_len.",
+                               path, run.data.seq_len));
 }
 
 /// The run's adapter on the outline of its model; that of adapter.path with its tensors' names and shapes.
@@ -79,12 +81,42 @@ AdapterConfig check_adapter_fits(const RunConfig& run, Model& model) {
   return adapter;
 }
 
+/// Architecture, split, names and shapes of all tensors, targets, the adapter at adapter.path.
+CheckedInputs check_model(const RunConfig& run) {
+  const std::string origin =
+      run.model.path.empty() ? "model.shape " + run.model.shape : run.model.path + "/config.json";
+  check_model_config(model_config_json(run.model), origin, static_cast<int>(run.parallel.tensor));
+  Ledger ledger;
+  const auto tp = make_outline_communicator(static_cast<int>(run.parallel.tensor), ledger);
+  const auto model = outline_model(run.model, *tp);
+  CheckedInputs result;
+  result.base_parameters = num_base_parameters(*model);
+  result.vocab_size = model->vocab_size();
+  const std::vector<std::string> linears = linear_names(*model);
+  require_every_target(run.adapter, linears);
+  result.adapter = check_adapter_fits(run, *model);
+  require_every_entry(run.adapter, linears);
+  if (!make_method(result.adapter)->trains_base()) result.targets = select_targets(result.adapter, linears);
+  return result;
+}
+
+/// What training starts from.
+void check_start(const RunConfig& run) {
+  if (run.model.quantization == "none" && run.adapter.pissa_iterations > 1) {
+    throw ConfigError(
+        run.file + ": adapter.pissa_iterations: makes up for what quantising loses, and model.quantization is none.");
+  }
+}
+
 void require_complete(const RunConfig& run) {
   if (run.data.train.empty())
     throw ConfigError(run.file + ": data.train: names no token file. Make one with data/prepare.");
   if (run.output_dir.empty()) throw ConfigError(run.file + ": output_dir is missing.");
   if (!run.train.max_steps && !run.train.num_train_epochs) {
     throw ConfigError(run.file + ": train.max_steps or train.num_train_epochs is missing.");
+  }
+  if (run.eval_steps > 0 && run.data.eval.empty()) {
+    throw ConfigError(run.file + ": eval_steps: set, but data.eval names no token file.");
   }
 }
 
@@ -135,37 +167,34 @@ int64_t total_steps(const RunConfig& run, const TokenFile& data) {
   return std::max<int64_t>(1, steps);
 }
 
-CheckedInputs check_inputs(const RunConfig& run, int ranks) {
-  check_layout(run, ranks);
-  const std::string origin =
-      run.model.path.empty() ? "model.shape " + run.model.shape : run.model.path + "/config.json";
-  check_model_config(model_config_json(run.model), origin, static_cast<int>(run.parallel.tensor));
-  Ledger ledger;
-  const auto tp = make_outline_communicator(static_cast<int>(run.parallel.tensor), ledger);
-  const auto model = outline_model(run.model, *tp);
-  CheckedInputs result;
-  result.base_parameters = num_base_parameters(*model);
-  const std::vector<std::string> linears = linear_names(*model);
-  require_every_target(run.adapter, linears);
-  AdapterConfig& adapter = result.adapter = check_adapter_fits(run, *model);
-  require_every_entry(run.adapter, linears);
-  if (!make_method(adapter)->trains_base()) result.targets = select_targets(adapter, linears);
-  result.train_samples = check_tokens(run.data.train, model->vocab_size(), run.data.seq_len);
-  if (!run.data.train.empty() && (run.train.max_steps || run.train.num_train_epochs)) {
-    adapter.adalora.total_step = total_steps(run, TokenFile(run.data.train));
-    check_schedule(adapter);
-  }
-  result.eval_samples = check_tokens(run.data.eval, model->vocab_size(), run.data.seq_len);
+CheckedInputs check_evaluation(const RunConfig& run, int ranks) {
+  if (run.data.eval.empty()) throw ConfigError(run.file + ": data.eval: names no token file.");
+  check_ranks(run, ranks);
+  CheckedInputs result = check_model(run);
+  result.eval_samples = check_tokens(run, run.data.eval, result.vocab_size);
+  return result;
+}
+
+CheckedInputs check_bench(const RunConfig& run, int ranks) {
+  check_ranks(run, ranks);
+  check_batch(run, ranks);
+  check_start(run);
+  CheckedInputs result = check_model(run);
+  result.train_samples = check_tokens(run, run.data.train, result.vocab_size);
   return result;
 }
 
 CheckedInputs check_training(const RunConfig& run, int ranks) {
   require_complete(run);
-  CheckedInputs result = check_inputs(run, ranks);
+  CheckedInputs result = check_bench(run, ranks);
+  result.eval_samples = check_tokens(run, run.data.eval, result.vocab_size);
+  const TokenFile data(run.data.train);
+  result.adapter.adalora.total_step = total_steps(run, data);
+  check_schedule(result.adapter);
   RunConfig merged = run;
   merged.adapter = result.adapter;
   require_writable(run.output_dir);
-  const RunIdentity identity = identity_of(merged, TokenFile(run.data.train));
+  const RunIdentity identity = identity_of(merged, data);
   check_output(merged, identity);
   check_resume(run, identity);
   return result;
@@ -182,7 +211,7 @@ std::string identity_line(const RunIdentity& identity) { return "# identity: " +
 void check_output(const RunConfig& run, const RunIdentity& identity) {
   const std::string path = run.output_dir + "/run.yaml";
   if (!fs::exists(path)) return;
-  const std::string other = read_file(path);
+  const std::string other = read_file(path, kMaxRunFileBytes);
   if (other.starts_with(identity_line(identity))) return;
   throw ConfigError(
       fmt::format("output_dir: {} holds another run ({}; its settings are in run.yaml). Choose another output_dir or "

@@ -11,18 +11,21 @@ namespace corank {
 int64_t total_steps(const RunConfig& run, const TokenFile& data);
 
 struct CheckedInputs {
-  AdapterConfig adapter;  ///< merged with that of adapter.path
-  int64_t train_samples = 0, eval_samples = 0;
-  int64_t base_parameters = 0;
+  AdapterConfig adapter;                        ///< merged with that of adapter.path
+  int64_t train_samples = 0, eval_samples = 0;  ///< that are used: those with a target within data.seq_len
+  int64_t base_parameters = 0, vocab_size = 0;
   std::vector<std::string> targets;  ///< modules the adapter sits on; empty for full fine-tuning
 };
 
-/// What every command on a run checks, on one process and without reading weights: the architecture and its split over
-/// parallel.tensor, names and shapes of all tensors, targets, the adapter at adapter.path, every token of the token
-/// files, the batch for `ranks` ranks.
-CheckedInputs check_inputs(const RunConfig& run, int ranks);
-/// Every check that `train` makes before its first step: check_inputs, the keys that only training needs, output_dir
-/// and the checkpoint that `resume` asks for. Throws the error that train would throw, and writes nothing.
+/// What a command checks before it starts, on one process for `ranks` ranks and without reading weights: what it uses
+/// of the run, and nothing else. Each throws the error that the command would throw, and writes nothing. generate and
+/// merge have no token files and no ranks to share them: they check what they load.
+///
+/// eval: the model and its split over parallel.tensor, the adapter, data.eval.
+CheckedInputs check_evaluation(const RunConfig& run, int ranks);
+/// bench: the model and its split, the adapter, the batch, data.train where it is named.
+CheckedInputs check_bench(const RunConfig& run, int ranks);
+/// train, validate: all of these, the number of steps and what depends on it, output_dir, and what `resume` asks for.
 CheckedInputs check_training(const RunConfig& run, int ranks);
 /// Collective over the world. `check` on rank 0 for all: a refusal is every rank's refusal, before anything is
 /// allocated.

@@ -55,6 +55,21 @@ void Console::introduce(Session& session, const World& world, int threads) {
                   human_bytes(base), human_bytes(state)));
 }
 
+std::vector<std::string> sample_remarks(const TokenFile& file, const SamplerOptions& options) {
+  const Sampler sampler(file, options);
+  const int64_t left_out = file.size() - sampler.num_used(), cut = sampler.num_truncated();
+  std::vector<std::string> lines;
+  if (left_out > 0) {
+    lines.push_back(fmt::format("{}: {} of {} samples have no target within data.seq_len {} and are left out",
+                                file.path(), grouped(left_out), grouped(file.size()), options.seq_len));
+  }
+  if (cut > 0) {
+    lines.push_back(fmt::format("{}: {} of {} samples are longer than data.seq_len {} and are cut at their end",
+                                file.path(), grouped(cut), grouped(sampler.num_used()), options.seq_len));
+  }
+  return lines;
+}
+
 std::string human_bytes(int64_t bytes) {
   constexpr const char* kUnits[] = {"B", "kB", "MB", "GB", "TB"};
   auto value = static_cast<double>(bytes);

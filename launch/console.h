@@ -26,6 +26,9 @@ class Console : public Observer {
   double seconds_per_step_ = 0;
 };
 
+/// How many samples of a token file are left out of a pass over it and how many are cut, a line each; none where all
+/// are whole.
+std::vector<std::string> sample_remarks(const TokenFile& file, const SamplerOptions& options);
 /// "21.0 MB", decimal units.
 std::string human_bytes(int64_t bytes);
 /// "4,884,480".

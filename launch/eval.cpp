@@ -13,31 +13,33 @@
 namespace corank {
 namespace {
 
-int run_eval(const CommandLine& line, const World& world) {
+int run_eval(const CommandLine& command, const World& world) {
   share_cores(world);
-  RunConfig run = read_run(line.run_file, line.overrides);
+  RunConfig run = read_run(command.run_file, command.overrides);
   run = with_trained_adapter(run, run.model.quantization != "none");
-  if (run.data.eval.empty()) throw ConfigError(run.file + ": data.eval: names no token file.");
-  check_together(check_inputs, run, world);
+  check_together(check_evaluation, run, world);
   Session session(run, world);
   if (session.leader() && run.adapter.path.empty()) {
     fmt::print(stderr, "evaluating the base model: adapter.path names no adapter\n");
   }
   const Mesh& mesh = session.mesh();
   const TokenFile file(run.data.eval);
-  const auto batches = evaluation_batches(file, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
+  const LoaderOptions options = run.loader_options(mesh.dp().rank(), mesh.dp().size());
+  const auto batches = evaluation_batches(file, options);
   const EvalResult result = evaluate(mesh, session.model(), batches);
   if (!session.leader()) return 0;
-  if (line.json) {
+  for (const std::string& line : sample_remarks(file, options.sampler)) fmt::print(stderr, "{}\n", line);
+  const int64_t samples = Sampler(file, options.sampler).num_used();
+  if (command.json) {
     fmt::print("{}\n", nlohmann::json{{"loss", result.loss},
                                       {"perplexity", std::exp(result.loss)},
                                       {"token_accuracy", result.token_accuracy},
                                       {"target_tokens", result.target_tokens},
-                                      {"samples", file.size()}}
+                                      {"samples", samples}}
                            .dump());
   } else {
     fmt::print("loss {:.6f}  perplexity {:.4f}  target tokens {}  samples {}\n", result.loss, std::exp(result.loss),
-               grouped(result.target_tokens), grouped(file.size()));
+               grouped(result.target_tokens), grouped(samples));
   }
   return 0;
 }

@@ -3,10 +3,13 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <iostream>
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "data/file.h"
+#include "data/json_object.h"
 #include "data/strict_json.h"
 #include "launch/commands.h"
 #include "launch/session.h"
@@ -19,13 +22,15 @@ namespace {
 using nlohmann::json;
 
 constexpr int64_t kMaxNewTokens = 1'000'000;
+constexpr int64_t kMaxConfigBytes = int64_t{1} << 24;
+constexpr const char* kEnd = "eos_token_id";
 
 struct Arguments : CommandLine {
   std::vector<int64_t> prompt;
   GenerationOptions options;
   std::vector<std::string> adapters;  ///< NAME=PATH
   std::string use;
-  bool merge = false, serve = false;
+  bool merge = false, serve = false, ignore_eos = false;
   int64_t max_positions = 0;
 };
 
@@ -61,6 +66,23 @@ std::vector<NamedAdapter> named_adapters(const std::vector<std::string>& options
     adapters.push_back({option.substr(0, end), option.substr(end + 1)});
   }
   return adapters;
+}
+
+/// The ids of `vocab_size` at which the model's makers end an answer: those of generation_config.json, else of
+/// config.json.
+std::vector<int64_t> end_tokens(const std::string& folder, int64_t vocab_size) {
+  std::vector<int64_t> ids;
+  for (const char* name : {"generation_config.json", "config.json"}) {
+    const std::string path = folder + "/" + name;
+    if (!std::filesystem::exists(path)) continue;
+    const JsonObject file(read_file(path, kMaxConfigBytes), path);
+    if (!file.has(kEnd)) continue;
+    const bool several = file.value(kEnd).is_array();
+    ids = several ? file.get<std::vector<int64_t>>(kEnd) : std::vector<int64_t>{file.get<int64_t>(kEnd)};
+    break;
+  }
+  std::erase_if(ids, [&](int64_t id) { return id < 0 || id >= vocab_size; });  // never generated
+  return ids;
 }
 
 /// A line of JSON as a request; what it leaves out is as the command line says.
@@ -172,7 +194,10 @@ int run_generate(const Arguments& a, const World& world) {
   Inference inference(run, named_adapters(a.adapters), a.merge, world);
   const std::vector<std::string> names = inference.adapters().names();
   const std::string first = names.empty() ? AdapterSet::kBase : names.front();
-  const Request request{a.prompt, a.use.empty() ? first : a.use, a.options};
+  Request request{a.prompt, a.use.empty() ? first : a.use, a.options};
+  if (a.options.stop_tokens.empty() && !a.ignore_eos && !run.model.path.empty()) {
+    request.options.stop_tokens = end_tokens(run.model.path, inference.model().vocab_size());
+  }
   inference.adapters().use(request.adapter);
   if (a.serve) {
     serve(inference, request, run.model.max_positions);
@@ -197,7 +222,11 @@ std::function<int(const World*)> declare_generate(CLI::App& app) {
   app.add_option("--temperature", a->options.temperature, "0: greedy");
   app.add_option("--top-p", a->options.top_p, "nucleus sampling");
   app.add_option("--seed", a->options.seed, "of the sampling");
-  app.add_option("--stop-tokens", a->options.stop_tokens, "generation ends after one of these")->delimiter(',');
+  auto* stops = app.add_option("--stop-tokens", a->options.stop_tokens,
+                               "generation ends after one of these (default: every eos_token_id of the model's "
+                               "generation_config.json, else of its config.json)")
+                    ->delimiter(',');
+  app.add_flag("--ignore-eos", a->ignore_eos, "go on to --max-new-tokens whatever comes")->excludes(stops);
   app.add_option("--adapter", a->adapters,
                  "NAME=PATH, as often as wanted: adapters of any methods over the one base, beside that of "
                  "adapter.path, which is called default")

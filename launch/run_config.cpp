@@ -174,9 +174,6 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
     file.section("model").fail("quantization", fmt::format("weights in {} cannot train, and method {} trains them",
                                                            run.model.quantization, run.adapter.method));
   }
-  if (run.model.quantization == "none" && run.adapter.pissa_iterations > 1) {
-    adapter.fail("pissa_iterations", "makes up for what quantising loses, and model.quantization is none");
-  }
   for (const AdapterKey& key : adapter_keys()) {
     if (adapter.has(key.name)) run.adapter_keys.push_back(key.name);
   }
@@ -193,7 +190,6 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   run.save_steps = not_negative(file, "save_steps", file.get<int64_t>("save_steps", 0));
   run.save_total_limit = positive(file, "save_total_limit", file.get<int64_t>("save_total_limit", 3));
   run.resume = file.get<std::string>("resume", "auto");
-  if (run.eval_steps > 0 && run.data.eval.empty()) file.fail("eval_steps", "set, but data.eval names no token file");
   file.done();
   run.model.max_positions = run.data.seq_len;
   run.model.seed = static_cast<uint64_t>(run.train.seed);
@@ -201,7 +197,9 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
 }
 
 RunIdentity identity_of(const RunConfig& run, const TokenFile& data) {
-  const std::string settings = run.result_settings() + data.fingerprint() + model_config_json(run.model);
+  std::string settings = run.result_settings() + data.fingerprint() + model_config_json(run.model);
+  // Without them the order of the others is another one, which a run that had them all does not go on with.
+  if (Sampler(data, run.loader_options(0, 1).sampler).num_used() < data.size()) settings += "some samples left out\n";
   return {sha256(settings), run.adapter, run.model.path.empty() ? run.model.shape : run.model.path};
 }
 

@@ -17,8 +17,8 @@
 namespace corank {
 namespace {
 
-/// Where to start: the checkpoint that `resume` asks for, or step 0.
-TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Console& console) {
+/// The checkpoint that `resume` asks for, or step 0.
+TrainingState resumed(Checkpoints& checkpoints, const RunConfig& run, Console& console) {
   if (run.resume == "never") return {};
   const auto path = run.resume == "auto" ? checkpoints.newest() : std::optional(run.resume);
   for (const std::string& damaged : checkpoints.passed_over()) console.say("passed over " + damaged);
@@ -29,12 +29,26 @@ TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Con
   return state;
 }
 
-/// Claims output_dir for this run: refuses one that holds another run or that another process is using, and leaves
-/// run.yaml.
+/// Where to start. What lies ahead of it in output_dir is no longer the run's.
+TrainingState starting_point(Checkpoints& checkpoints, const RunConfig& run, Console& console) {
+  const TrainingState start = resumed(checkpoints, run, console);
+  for (const std::string& line : checkpoints.start_at(start.step)) console.say(line);
+  return start;
+}
+
+/// The checkpoints that a run keeps.
+Retention retention_of(const RunConfig& run) {
+  const bool names_one = run.resume != "auto" && run.resume != "never";
+  return {run.save_total_limit, names_one ? run.resume : ""};
+}
+
+/// Claims output_dir for this run: refuses one that holds another run or that another process is using, removes what an
+/// interrupted write left, and leaves run.yaml.
 std::unique_ptr<FolderLock> claim_output(const RunConfig& run, const RunIdentity& identity) {
   check_output(run, identity);
   make_folders(run.output_dir);
   auto lock = std::make_unique<FolderLock>(run.output_dir);
+  remove_leftovers(run.output_dir);
   write_file_atomically(run.output_dir + "/run.yaml", identity_line(identity) + run.yaml());
   return lock;
 }
@@ -54,7 +68,7 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
   const RunIdentity identity = identity_of(run, data);
   std::unique_ptr<FolderLock> lock;  // rank 0's
   on_rank_0(mesh.world(), [&] { lock = claim_output(run, identity); });
-  Checkpoints checkpoints(run.output_dir, identity, run.save_total_limit, mesh, session.store(), optimizer,
+  Checkpoints checkpoints(run.output_dir, identity, retention_of(run), mesh, session.store(), optimizer,
                           session.method());
 
   Loader loader(data, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
@@ -65,9 +79,10 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
     eval_batches = evaluation_batches(*eval_file, run.loader_options(mesh.dp().rank(), mesh.dp().size()));
   }
   const int64_t total = total_steps(run, data);
-  if (const int64_t cut = Sampler(data, run.loader_options(0, 1).sampler).num_truncated(); cut > 0) {
-    console.say(fmt::format("{} of {} samples are longer than data.seq_len {} and are cut at their end", grouped(cut),
-                            grouped(data.size()), run.data.seq_len));
+  const SamplerOptions sampling = run.loader_options(0, 1).sampler;
+  for (const std::string& line : sample_remarks(data, sampling)) console.say(line);
+  if (eval_file) {
+    for (const std::string& line : sample_remarks(*eval_file, sampling)) console.say(line);
   }
   console.introduce(session, world, threads);
   const auto predicted = predicted_bytes(session, run.adapter, {});

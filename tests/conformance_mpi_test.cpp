@@ -95,7 +95,7 @@ Weights state_of(TinyRun& run) {
 }
 
 Checkpoints checkpoints_of(TinyRun& run, const std::string& folder) {
-  return {folder, {"same run", run.method->config(), "tiny"}, 1, run.mesh, run.store, *run.optimizer, *run.method};
+  return {folder, {"same run", run.method->config(), "tiny"}, {1}, run.mesh, run.store, *run.optimizer, *run.method};
 }
 
 /// Full fine-tuning leaves no folder of an adapter. PiSSA's is one on W, which is quantised otherwise than W - s B A.

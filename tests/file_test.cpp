@@ -104,6 +104,20 @@ TEST_F(File, KilledWriterLeavesTheOldFile) {
   EXPECT_EQ(read_file(path_), "old");
   write_file_atomically(path_, "new");
   EXPECT_EQ(read_file(path_), "new");
+  EXPECT_EQ(num_files(), 2u);
+  remove_temporaries(folder_);
+  EXPECT_EQ(num_files(), 1u);
+}
+
+TEST_F(File, OnlyTemporariesAreRemovedAsTemporaries) {
+  const std::vector<std::string> kept{"a.tmp",    "a.1.tmp",   "a.1-.tmp",  "a.-1.tmp",
+                                      ".1-1.tmp", "a.1-x.tmp", "a.1-1.tmpx"};
+  for (const std::string& name : kept) std::ofstream(folder_ + "/" + name) << "mine";
+  std::filesystem::create_directory(folder_ + "/a.1-2.tmp");
+  std::filesystem::create_symlink(path_, folder_ + "/a.1-3.tmp");
+  for (const char* name : {"a.1-1.tmp", "a.b-c.d.12345-99.tmp"}) std::ofstream(folder_ + "/" + name) << "left";
+  remove_temporaries(folder_);
+  EXPECT_EQ(num_files(), kept.size() + 2);
 }
 
 TEST_F(File, LeftoverOfThisProcessIdIsNotInTheWay) {

@@ -25,6 +25,7 @@ std::vector<Sample> numbered_samples(int64_t count) {
     const int64_t length = 2 + (i * 13) % 19;
     samples.push_back({at::arange(i * kStride, i * kStride + length, at::kInt),
                        at::arange(length, at::kLong).add(i).remainder(3).ne(0).to(at::kByte)});
+    samples.back().loss_mask[1] = 1;  // each has a target
   }
   return samples;
 }
@@ -368,6 +369,46 @@ TEST_F(Loading, DestroyedWhileTheBackgroundWorks) {
   for (int i = 0; i < 50; ++i) EXPECT_NO_THROW(Loader(*file_, options()));
 }
 
+// Samples 0, 3, 6, ... have their only target beyond seq_len. A run over the file is one over the others.
+TEST_F(Loading, SamplesWithoutATargetAreNotThere) {
+  std::vector<Sample> samples = numbered_samples(53), others;
+  for (int64_t i = 0; i < 53; ++i) {
+    if (i % 3 != 0) {
+      others.push_back(samples[i]);
+    } else {
+      samples[i].tokens = at::arange(i * kStride, i * kStride + 40, at::kInt);
+      samples[i].loss_mask = at::zeros({40}, at::kByte);
+      samples[i].loss_mask[35] = 1;
+    }
+  }
+  const std::string other_path = path_ + ".others";
+  write_token_file(path_, samples, 100 * kStride, "a test");
+  write_token_file(other_path, others, 100 * kStride, "a test");
+  const TokenFile file(path_), on_disk(path_, 0), other(other_path);
+  for (const bool packing : {true, false}) {
+    LoaderOptions settings = options(1, 2);
+    settings.sampler.packing = packing;
+    Loader expected(other, settings), loader(file, settings), disk_loader(on_disk, settings);
+    EXPECT_EQ(loader.steps_in_epoch(0), expected.steps_in_epoch(0));
+    for (int i = 0; i < 10; ++i) {
+      const StepBatches step = expected.next();
+      expect_equal(loader.next(), step);
+      expect_equal(disk_loader.next(), step);
+    }
+    const auto evaluated = evaluation_batches(file, settings), wanted = evaluation_batches(other, settings);
+    ASSERT_EQ(evaluated.size(), wanted.size());
+    for (size_t i = 0; i < wanted.size(); ++i) expect_equal(evaluated[i], wanted[i]);
+  }
+  std::filesystem::remove(other_path);
+}
+
+TEST_F(Loading, EvaluationNeedsNoBatchThatDivides) {
+  LoaderOptions settings = options(0, 2);
+  settings.global_batch_size = 7;
+  EXPECT_NO_THROW(evaluation_batches(*file_, settings));
+  EXPECT_THROW(Loader(*file_, settings), ConfigError);
+}
+
 TEST_F(Loading, EvaluationHoldsEverySampleOnceOnEqualNumbersOfMicroBatches) {
   for (const bool packing : {true, false}) {
     for (int dp_size = 1; dp_size <= 4; ++dp_size) {
@@ -397,6 +438,7 @@ TEST_F(Loading, EvaluationHoldsEverySampleOnceOnEqualNumbersOfMicroBatches) {
         EXPECT_EQ(batch.slots_N[0].item<int64_t>(), static_cast<int64_t>(k) * 3 * 32);
         for (size_t s = 0; s < batch.lengths.size(); ++s) {
           found.push_back(batch.tokens_N[batch.cu_seqlens[s].item<int64_t>()].item<int64_t>() / kStride);
+          EXPECT_EQ(batch.samples[s], found.back());
         }
       }
       EXPECT_EQ(found, expected);

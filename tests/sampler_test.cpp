@@ -90,7 +90,7 @@ TEST_F(Sampling, FileOrderWithoutShuffle) {
 }
 
 TEST_F(Sampling, FirstFit) {
-  write({6, 5, 4, 5, 9, 1, 20});
+  write({6, 5, 4, 5, 8, 2, 20});
   const TokenFile file(path_);
   const Sampler sampler(file, {.seq_len = 10, .packing = true, .shuffle = false});
   EXPECT_EQ(sampler.sequences(0), (Sequences{{0, 2}, {1, 3}, {4, 5}, {6}}));
@@ -134,6 +134,27 @@ TEST_F(Sampling, EveryPlaceIsEquallyLikely) {
   double chi_squared = 0;
   for (const auto& [order, count] : counts) chi_squared += (count - 1000.0) * (count - 1000.0) / 1000.0;
   EXPECT_LT(chi_squared, 49.7);  // 23 degrees of freedom, p = 0.001
+}
+
+TEST_F(Sampling, LeavesOutWhatHasNoTargetWithinTheCut) {
+  const auto sample = [](int64_t length, int64_t target) {
+    Sample result{at::ones({length}, at::kInt), at::zeros({length}, at::kByte)};
+    result.loss_mask[target] = 1;
+    return result;
+  };
+  write_token_file(path_, {sample(4, 3), sample(9, 8), sample(5, 4), sample(9, 2), sample(1, 0), sample(6, 0)}, 10,
+                   "a test");
+  for (const int64_t memory_limit : {int64_t{0}, int64_t{1} << 30}) {
+    const TokenFile file(path_, memory_limit);
+    const auto order = [&](const SamplerOptions& options) { return Sampler(file, options).sequences(0); };
+    EXPECT_EQ(order({.seq_len = 4, .packing = false, .shuffle = false}), (Sequences{{0}, {3}}));
+    EXPECT_EQ(order({.seq_len = 5, .packing = false, .shuffle = false}), (Sequences{{0}, {2}, {3}}));
+    EXPECT_EQ(order({.seq_len = 9, .packing = true, .shuffle = false}), (Sequences{{0, 2}, {1}, {3}}));
+    const Sampler sampler(file, {.seq_len = 4});
+    EXPECT_EQ(sampler.num_used(), 2);
+    EXPECT_EQ(sampler.num_truncated(), 1);
+    EXPECT_EQ(flat(sampler.sequences(3)).size(), 2u);
+  }
 }
 
 TEST_F(Sampling, TooShortSequences) {

@@ -153,7 +153,7 @@ class Resume : public testing::TestWithParam<Setting> {
     const Setting setting = GetParam();
     TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
     Loader batches(data_, loader(setting, &run.mesh));
-    Checkpoints checkpoints(folder, {"same run", adapter(setting), "tiny"}, 2, run.mesh, run.store, *run.optimizer,
+    Checkpoints checkpoints(folder, {"same run", adapter(setting), "tiny"}, {2}, run.mesh, run.store, *run.optimizer,
                             *run.method);
     TrainingState state;
     if (const auto newest = checkpoints.newest()) state = checkpoints.load(*newest);

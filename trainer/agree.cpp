@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstring>
+#include <filesystem>
 
 #include "configs/error.h"
 
@@ -43,6 +44,8 @@ void on_rank_0(Communicator& world, const std::function<void()>& work) {
       work();
     } catch (const Error& e) {
       failure = fmt::format("{} {}", static_cast<int>(e.code()), e.what());
+    } catch (const std::filesystem::filesystem_error& e) {
+      failure = fmt::format("{} {}", static_cast<int>(ExitCode::storage), e.what());
     } catch (const std::exception& e) {
       failure = fmt::format("{} {}", static_cast<int>(ExitCode::internal), e.what());
     }

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "data/file.h"
@@ -16,27 +15,8 @@ namespace corank {
 namespace {
 
 namespace fs = std::filesystem;
-using nlohmann::json;
 
-constexpr const char* kFiles[] = {"adapter.h5", "state.h5"};
 constexpr const char* kStateFormat = "corank-state";
-
-/// Steps of the checkpoint folders below `folder`, newest first; valid or not.
-std::vector<int64_t> checkpoint_steps(const std::string& folder) {
-  std::vector<int64_t> steps;
-  if (!fs::is_directory(folder)) return steps;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
-    const std::string prefix = "checkpoint-";
-    if (!name.starts_with(prefix) || name.size() == prefix.size() || name.size() > prefix.size() + 18) continue;
-    const std::string digits = name.substr(prefix.size());
-    if (digits.find_first_not_of("0123456789") == std::string::npos) steps.push_back(std::stoll(digits));
-  }
-  std::sort(steps.rbegin(), steps.rend());
-  return steps;
-}
-
-std::string path_of(const std::string& folder, int64_t step) { return fmt::format("{}/checkpoint-{}", folder, step); }
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
@@ -55,15 +35,17 @@ std::string state_image(const TrainingState& state, const std::string& identity,
   return file.finish();
 }
 
-json describe(const std::string& bytes) { return {{"bytes", bytes.size()}, {"sha256", sha256(bytes)}}; }
+Manifest::File describe(const std::string& name, const std::string& bytes) {
+  return {name, static_cast<int64_t>(bytes.size()), sha256(bytes)};
+}
 
 }  // namespace
 
-Checkpoints::Checkpoints(std::string folder, RunIdentity identity, int64_t keep, const Mesh& mesh,
+Checkpoints::Checkpoints(std::string folder, RunIdentity identity, Retention retention, const Mesh& mesh,
                          ParameterStore& store, Optimizer& optimizer, AdapterMethod& method)
     : folder_(std::move(folder)),
       identity_(std::move(identity)),
-      keep_(keep),
+      retention_(std::move(retention)),
       mesh_(mesh),
       store_(store),
       optimizer_(optimizer),
@@ -75,16 +57,15 @@ void Checkpoints::save(const TrainingState& state) {
   std::vector<std::pair<std::string, NamedTensors>> groups;
   for (const auto& [group, flat] : state_buffers()) groups.emplace_back(group, store_.gather(flat, mesh_.tp()));
   on_rank_0(mesh_.world(), [&] {
-    const std::string path = path_of(folder_, state.step);
+    const std::string path = free_checkpoint_path(folder_, state.step);
     try {
-      write(path, state, adapter_h5_image(adapter), state_image(state, identity_.hash, groups));
+      write(path, state.step, adapter_h5_image(adapter), state_image(state, identity_.hash, groups));
     } catch (...) {
       std::error_code ignored;
       fs::remove_all(path, ignored);  // nothing half-written stays, e.g. on a full disk
       throw;
     }
-    const std::vector<int64_t> steps = checkpoint_steps(folder_);
-    for (size_t i = static_cast<size_t>(keep_); i < steps.size(); ++i) fs::remove_all(path_of(folder_, steps[i]));
+    prune_checkpoints(folder_, identity_.hash, retention_, state.step);
   });
 }
 
@@ -95,20 +76,13 @@ std::vector<std::pair<std::string, at::Tensor>> Checkpoints::state_buffers() {
   return buffers;
 }
 
-void Checkpoints::write(const std::string& path, const TrainingState& state, const std::string& adapter,
+void Checkpoints::write(const std::string& path, int64_t step, const std::string& adapter,
                         const std::string& moments) const {
-  fs::remove_all(path);  // what a crash left, or the same step of an earlier attempt
   make_folders(path);
-  const std::string* images[] = {&adapter, &moments};
-  json files;
-  for (int i = 0; i < 2; ++i) {
-    write_file_atomically(path + "/" + kFiles[i], *images[i]);
-    files[kFiles[i]] = describe(*images[i]);
-  }
-  const json manifest{{"format", "corank-checkpoint"},  {"version", 1},   {"step", state.step},
-                      {"identity", identity_.hash},     {"files", files}, {"base_model", identity_.base_model},
-                      {"libraries", library_versions()}};
-  write_file_atomically(path + "/manifest.json", manifest.dump(2) + "\n");
+  write_file_atomically(path + "/adapter.h5", adapter);
+  write_file_atomically(path + "/state.h5", moments);
+  const Manifest manifest{step, identity_.hash, {describe("adapter.h5", adapter), describe("state.h5", moments)}};
+  write_file_atomically(path + "/manifest.json", manifest_json(manifest, identity_.base_model, library_versions()));
   sync_folder(folder_);
   std::string why;
   if (!verify_checkpoint(path, why)) throw StorageError(path + ": " + why + " right after it was written.");
@@ -141,6 +115,7 @@ TrainingState Checkpoints::load(const std::string& path) {
   const auto restore = [&](const std::string& group, const at::Tensor& flat) {
     for (const auto& p : store_.parameters()) {
       const at::Tensor full = file.read(group + "/" + p.spec.name);
+      require_shape(p.spec, full);
       flat.narrow(0, p.begin, p.master.numel()).view(p.master.sizes()).copy_(take_shard(full, p.spec.shard));
     }
   };
@@ -149,63 +124,10 @@ TrainingState Checkpoints::load(const std::string& path) {
   return {file.attribute_int("step"), {file.attribute_int("epoch"), file.attribute_int("sequence")}};
 }
 
-std::optional<Manifest> verify_checkpoint(const std::string& path, std::string& why) {
-  const std::string manifest_path = path + "/manifest.json";
-  if (!fs::exists(manifest_path)) {
-    why = "manifest.json is missing";
-    return std::nullopt;
-  }
-  const json manifest = json::parse(read_file(manifest_path, int64_t{1} << 20), nullptr, /*allow_exceptions=*/false);
-  try {
-    for (const char* name : kFiles) {
-      const json& file = manifest.at("files").at(name);
-      const std::string file_path = path + "/" + name;
-      if (!fs::exists(file_path) || fs::file_size(file_path) != file.at("bytes").get<uintmax_t>() ||
-          sha256_of_file(file_path) != file.at("sha256").get<std::string>()) {
-        why = fmt::format("{} is missing or not what manifest.json describes", name);
-        return std::nullopt;
-      }
-    }
-    return Manifest{manifest.at("step").get<int64_t>(), manifest.at("identity").get<std::string>()};
-  } catch (const json::exception&) {
-    why = "manifest.json is damaged";
-    return std::nullopt;
-  }
-}
-
-std::optional<std::string> newest_checkpoint(const std::string& folder, const std::string& identity,
-                                             std::vector<std::string>& passed_over) {
-  bool any_completed = false;
-  for (const int64_t step : checkpoint_steps(folder)) {
-    const std::string path = path_of(folder, step);
-    std::string why;
-    if (const auto manifest = verify_checkpoint(path, why)) {
-      if (manifest->identity == identity) return path;
-      throw ConfigError(
-          fmt::format("output_dir: {} belongs to another run (its checkpoints were made with other settings or data). "
-                      "Choose another output_dir, or resume: never after moving it away.",
-                      folder));
-    }
-    any_completed |= fs::exists(path + "/manifest.json");
-    passed_over.push_back(fmt::format("{}: {}", path, why));
-  }
-  if (!any_completed) return std::nullopt;
-  throw InputError(
-      fmt::format("output_dir: no checkpoint of {} can be used ({}). Restore one of them, or remove them to start over "
-                  "at step 0.",
-                  folder, fmt::join(passed_over, "; ")));
-}
-
-void require_checkpoint(const std::string& path, const std::string& identity) {
-  if (!fs::exists(path)) {
-    throw MissingError(fmt::format("resume: {} does not exist. Name a checkpoint folder, auto or never.", path));
-  }
-  std::string why;
-  const auto manifest = verify_checkpoint(path, why);
-  if (!manifest) throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));
-  if (manifest->identity != identity) {
-    throw ConfigError(fmt::format("resume: {} was made by another run (other settings or data).", path));
-  }
+std::vector<std::string> Checkpoints::start_at(int64_t step) {
+  std::vector<std::string> lines;
+  on_rank_0(mesh_.world(), [&] { lines = set_aside_beyond(folder_, step); });
+  return lines;
 }
 
 AdapterFile collect_adapter(const ParameterStore& store, const AdapterMethod& method, const RunIdentity& identity,

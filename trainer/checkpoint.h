@@ -6,6 +6,7 @@
 #include "data/loader.h"
 #include "trainer/adapter/adapter_file.h"
 #include "trainer/adapter/methods.h"
+#include "trainer/checkpoint_folder.h"
 #include "trainer/optimizer.h"
 
 namespace corank {
@@ -30,11 +31,11 @@ struct RunIdentity {
 class Checkpoints {
  public:
   /// `folder` is output_dir. Borrows the rest.
-  Checkpoints(std::string folder, RunIdentity identity, int64_t keep, const Mesh& mesh, ParameterStore& store,
+  Checkpoints(std::string folder, RunIdentity identity, Retention retention, const Mesh& mesh, ParameterStore& store,
               Optimizer& optimizer, AdapterMethod& method);
 
-  /// Collective over the world; rank 0 writes and reads back. Afterwards the oldest beyond `keep` are removed. Throws
-  /// StorageError on every rank if rank 0 could not write.
+  /// Collective over the world; rank 0 writes and reads back. Afterwards those that `retention` does not keep are
+  /// removed. Throws StorageError on every rank if rank 0 could not write.
   void save(const TrainingState& state);
   /// Collective over the world. newest_checkpoint() of output_dir, agreed by all ranks.
   std::optional<std::string> newest();
@@ -43,38 +44,23 @@ class Checkpoints {
   /// Collective over the world. Loads parameters, moments and the method's state from the folder, and begins the method
   /// anew. InputError or ConfigError (another run).
   TrainingState load(const std::string& path);
+  /// Collective over the world. set_aside_beyond() `step`, where training starts; its lines are known on rank 0.
+  std::vector<std::string> start_at(int64_t step);
 
  private:
   /// What is saved beside the parameters: flat buffers laid out like the masters.
   std::vector<std::pair<std::string, at::Tensor>> state_buffers();
-  void write(const std::string& path, const TrainingState& state, const std::string& adapter,
-             const std::string& moments) const;
+  void write(const std::string& path, int64_t step, const std::string& adapter, const std::string& moments) const;
 
   std::string folder_;
   RunIdentity identity_;
-  int64_t keep_;
+  Retention retention_;
   const Mesh& mesh_;
   ParameterStore& store_;
   Optimizer& optimizer_;
   AdapterMethod& method_;
   std::vector<std::string> passed_over_;
 };
-
-/// What manifest.json says, after its files' sizes and hashes were verified. nullopt (with the reason in `why`)
-/// otherwise.
-struct Manifest {
-  int64_t step = 0;
-  std::string identity;
-};
-std::optional<Manifest> verify_checkpoint(const std::string& path, std::string& why);
-
-/// The newest checkpoint of `folder` whose manifest and hashes verify; newer ones are put into `passed_over` with the
-/// reason. ConfigError if it belongs to another run. InputError if there are checkpoints and all are damaged; what a
-/// kill during a first save left, folders without a manifest, is passed over.
-std::optional<std::string> newest_checkpoint(const std::string& folder, const std::string& identity,
-                                             std::vector<std::string>& passed_over);
-/// The checkpoint at `path` as the run `identity` may resume it: MissingError, InputError or ConfigError otherwise.
-void require_checkpoint(const std::string& path, const std::string& identity);
 
 /// Collective over tp (full tensors of all parameters), for export.
 AdapterFile collect_adapter(const ParameterStore& store, const AdapterMethod& method, const RunIdentity& identity,

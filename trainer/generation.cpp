@@ -1,8 +1,10 @@
 #include "trainer/generation.h"
 
-#include <algorithm>
-#include <numeric>
+#include <fmt/format.h>
 
+#include <algorithm>
+
+#include "configs/error.h"
 #include "trainer/ops/attention.h"
 #include "trainer/ops/random.h"
 
@@ -54,6 +56,16 @@ int64_t sample(const at::Tensor& logits_V, const GenerationOptions& options, int
   return order[chosen].item<int64_t>();
 }
 
+void require_finite(const at::Tensor& logits_V, int64_t position, size_t num_prompt) {
+  if (logits_V.isfinite().all().item<bool>()) return;
+  throw InputError(fmt::format(
+      "generation: the logits for position {} (from 0; the prompt has {} tokens) are not all finite, so no token can "
+      "be "
+      "chosen. The weights or the adapter are damaged or have diverged, or numbers exceed model.dtype: take an earlier "
+      "checkpoint or model.dtype: float32.",
+      position, num_prompt));
+}
+
 }  // namespace
 
 std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& prompt, const GenerationOptions& options,
@@ -68,6 +80,7 @@ std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& pr
     const at::Tensor h_ND = model.forward({batch, attention, tp});
     const at::Tensor last_1D = h_ND.narrow(0, h_ND.size(0) - 1, 1);
     const at::Tensor logits_V = ops::full_logits(last_1D, model.head(), tp)[0].to(at::kCPU);
+    require_finite(logits_V, position, prompt.size());
     const int64_t token =
         options.temperature > 0 ? sample(logits_V, options, position) : logits_V.argmax().item<int64_t>();
     result.push_back(token);

@@ -14,7 +14,8 @@ struct GenerationOptions {
   std::vector<int64_t> stop_tokens;  ///< generation ends after one of these (it is part of the result)
 };
 
-/// Collective over tp. New tokens after `prompt`, with a key-value cache; equal on all tp ranks.
+/// Collective over tp. New tokens after `prompt`, with a key-value cache; equal on all tp ranks. Throws InputError on
+/// every rank, naming the position, where a logit is not finite.
 std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& prompt, const GenerationOptions& options,
                               Communicator& tp);
 

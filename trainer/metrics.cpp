@@ -1,15 +1,20 @@
 #include "trainer/metrics.h"
 
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "configs/error.h"
 #include "data/file.h"
+#include "data/json_object.h"
 
 namespace corank {
 namespace {
 
 using nlohmann::ordered_json;
+
+constexpr int64_t kMaxBytes = int64_t{1} << 30;
 
 class MetricsFile : public Observer {
  public:
@@ -26,13 +31,22 @@ class MetricsFile : public Observer {
 
  private:
   std::string records_until(int64_t step) const {
-    std::ifstream old(path_);
+    if (!std::filesystem::exists(path_)) return "";
+    std::istringstream old(read_file(path_, kMaxBytes));
     std::string kept, line;
     while (std::getline(old, line)) {
-      const auto record = ordered_json::parse(line, nullptr, /*allow_exceptions=*/false);
-      if (record.is_object() && record.value("step", step + 1) <= step) kept += line + "\n";
+      if (step_of(line) <= step) kept += line + "\n";
     }
     return kept;
+  }
+
+  /// Beyond every step for what is no record, such as the half line that a kill leaves.
+  static int64_t step_of(const std::string& line) {
+    try {
+      return JsonObject(line, "a record").get<int64_t>("step");
+    } catch (const InputError&) {
+      return INT64_MAX;
+    }
   }
 
   std::string path_;

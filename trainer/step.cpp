@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "configs/error.h"
@@ -28,12 +29,20 @@ Counts count_globally(const StepBatches& batches, Communicator& dp) {
   return {counts[0].item<int64_t>(), counts[1].item<int64_t>()};
 }
 
+void require_targets(const Counts& global, int64_t step) {
+  if (global.targets > 0) return;
+  throw InputError(
+      fmt::format("step {}: none of its {} tokens is a target, so there is nothing to learn from; nothing was changed.",
+                  step, global.tokens));
+}
+
 }  // namespace
 
 StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options) {
   const Mesh& mesh = parts.mesh;
   const Counts global = count_globally(batches, mesh.dp());
-  const double share = 1.0 / static_cast<double>(std::max<int64_t>(1, global.targets));
+  require_targets(global, step);
+  const double share = 1.0 / static_cast<double>(global.targets);
 
   at::Tensor loss = at::zeros({}, at::TensorOptions(at::kDouble).device(mesh.device()));
   for (const Batch& on_host : batches.micro_batches) {
@@ -66,6 +75,45 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   return stats;
 }
 
+namespace {
+
+/// Collective over tp. The lowest number of a sample of `batch`, which is on the device, whose loss is not finite;
+/// INT64_MAX if there is none.
+int64_t lowest_not_finite(const Model& model, const Batch& batch, Communicator& tp) {
+  SegmentAttention attention(batch);
+  const at::Tensor h_ND = model.forward({batch, attention, tp});
+  const at::Tensor host_rows_M = batch.target_rows_M.to(at::kCPU);
+  const int64_t* rows = host_rows_M.const_data_ptr<int64_t>();
+  int64_t target = 0, end_row = 0, lowest = INT64_MAX;
+  for (size_t s = 0; s < batch.lengths.size(); ++s) {
+    end_row += batch.lengths[s];
+    const int64_t first = target;
+    while (target < batch.num_targets() && rows[target] < end_row) ++target;
+    const at::Tensor score = ops::score(h_ND, batch.target_rows_M.narrow(0, first, target - first),
+                                        batch.targets_M.narrow(0, first, target - first), model.head(), tp);
+    if (!std::isfinite(score[0].item<double>())) lowest = std::min(lowest, batch.samples[s]);
+  }
+  return lowest;
+}
+
+/// Collective over the world: goes through `batches` again to say where the loss that is not finite comes from.
+[[noreturn]] void refuse_evaluation(const Mesh& mesh, const Model& model, const std::vector<Batch>& batches) {
+  int64_t lowest = INT64_MAX;
+  for (const Batch& batch : batches) {
+    lowest = std::min(lowest, lowest_not_finite(model, batch.to(mesh.device()), mesh.tp()));
+  }
+  const at::Tensor sample = at::full({1}, lowest, at::TensorOptions(at::kLong).device(mesh.device()));
+  mesh.dp().all_reduce(sample, ReduceOp::min, Purpose::data_control);
+  throw InputError(fmt::format(
+      "data.eval: the loss of sample {} is not finite, and no sample before it has such a loss (samples count from 0). "
+      "The weights or the adapter are damaged or have diverged, or numbers exceed model.dtype: look at the adapter "
+      "with "
+      "corank inspect, take an earlier checkpoint or model.dtype: float32.",
+      sample.item<int64_t>()));
+}
+
+}  // namespace
+
 EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batch>& batches) {
   const at::AutoGradMode no_grad(false);
   const auto options = at::TensorOptions(at::kDouble).device(mesh.device());
@@ -79,6 +127,7 @@ EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batc
   }
   mesh.dp().all_reduce(sums, ReduceOp::sum, Purpose::data_control);
   const at::Tensor host = sums.to(at::kCPU);
+  if (!std::isfinite(host[0].item<double>())) refuse_evaluation(mesh, model, batches);
   const double targets = host[2].item<double>(), divisor = std::max(1.0, targets);
   return {host[0].item<double>() / divisor, host[1].item<double>() / divisor, static_cast<int64_t>(targets)};
 }

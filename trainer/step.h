@@ -31,16 +31,18 @@ struct StepStats {
 };
 
 /// Collective over the world. One optimizer step `step` (from 1) on one global batch; the same result for any split
-/// into micro-batches and ranks, up to rounding. Throws InputError on every rank if loss or gradient is not finite,
-/// before any parameter changed.
+/// into micro-batches and ranks, up to rounding. Throws InputError on every rank if the step has no target or if loss
+/// or gradient is not finite, before any parameter changed.
 StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options);
 
-/// Collective over the world. Means over the targets of `batches`, without gradients.
+/// Means over the targets of an evaluation.
 struct EvalResult {
   double loss = 0;
   double token_accuracy = 0;  ///< share of targets that the model, given all tokens before, finds the likeliest
   int64_t target_tokens = 0;
 };
+/// Collective over the world. Without gradients. Throws InputError on every rank, naming the first sample of data.eval
+/// with a loss that is not finite, if there is one.
 EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batch>& batches);
 
 }  // namespace corank

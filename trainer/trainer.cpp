@@ -1,7 +1,10 @@
 #include "trainer/trainer.h"
 
+#include <fmt/format.h>
+
 #include <chrono>
 
+#include "configs/error.h"
 #include "trainer/agree.h"
 #include "trainer/device.h"
 
@@ -24,11 +27,7 @@ TrainingState Trainer::run(TrainingState state, const std::function<bool()>& sto
     const int64_t step = state.step + 1;
     StepRecord record = take_step(step);
     state = {step, loader_.state()};
-    if (due(step, options_.eval_steps)) {
-      const EvalResult eval = evaluate(parts_.mesh, parts_.model, eval_batches_);
-      record.eval_loss = eval.loss;
-      record.eval_accuracy = eval.token_accuracy;
-    }
+    if (due(step, options_.eval_steps)) evaluate_into(record);
     const bool stopping = any_rank(parts_.mesh.world(), stop());
     if (due(step, options_.logging_steps) || step == last || record.eval_loss) report(record);
     if (due(step, options_.save_steps) || step == last || stopping) checkpoints_.save(state);
@@ -56,6 +55,16 @@ StepRecord Trainer::take_step(int64_t step) {
   record.peak_memory_bytes = peak_memory_bytes(parts_.mesh.device());
   for (int p = 0; p < kNumPurposes; ++p) record.bytes[p] = ledger_.snapshot()[p] - before[p];
   return record;
+}
+
+void Trainer::evaluate_into(StepRecord& record) const {
+  try {
+    const EvalResult eval = evaluate(parts_.mesh, parts_.model, eval_batches_);
+    record.eval_loss = eval.loss;
+    record.eval_accuracy = eval.token_accuracy;
+  } catch (const InputError& e) {
+    throw InputError(fmt::format("evaluation after step {}: {}", record.step, e.what()));
+  }
 }
 
 void Trainer::report(const StepRecord& record) {

@@ -32,6 +32,7 @@ class Trainer {
 
  private:
   StepRecord take_step(int64_t step);
+  void evaluate_into(StepRecord& record) const;
   void report(const StepRecord& record);
   bool due(int64_t step, int64_t every) const { return every > 0 && step % every == 0; }
 
