@@ -14,7 +14,7 @@ from count_tests import MethodCounts
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = os.environ["CORANK_PRESET"]
 BUILD = ROOT / "build" / PRESET
-PYTHON = Path(os.environ["CORANK_CACHE"]) / "venv" / "bin" / "python"
+PYTHON = Path(os.environ["CORANK_CACHE"]) / "tools" / "bin" / "python"
 
 
 class Count:
