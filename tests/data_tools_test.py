@@ -5,11 +5,13 @@ import json
 import math
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unittest
 import zipfile
 from pathlib import Path
@@ -20,13 +22,15 @@ sys.path[:0] = [str(ROOT / "data"), str(ROOT / "launch")]
 from count_tests import MethodCounts, column_of, method_of
 from environment import require
 
-require("numpy", "h5py", "jinja2", "gguf", "tokenizers", "safetensors", "yaml")
+require("numpy", "h5py", "gguf", "tokenizers", "safetensors", "yaml", "transformers")
 
 import gguf
 import h5py
 import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401  imported once for all tests
 
 TEMPLATE = ("{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '<e>' + '\n' }}"
             "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
@@ -37,12 +41,37 @@ MERGES = [("\u010a", "\u010a"), ("2", "1")]
 
 
 def tool(name, *arguments, code=0, **environment):
-    """Runs a command of the project and checks how it ends. Returns (standard output, standard error)."""
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, **environment}, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode != code:
-        raise AssertionError(f"{name} ended with {done.returncode}, expected {code}: {done.stdout}{done.stderr}")
-    return done.stdout, done.stderr
+    """Runs a command of the project and checks how it ends. Returns (standard output, standard error). The process is a
+    copy of this one: it has already imported what takes long."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as error:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            become(ROOT / name, arguments, output, error, environment)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [(file.seek(0), file.read().decode())[1] for file in (output, error)]
+    if ended != code:
+        raise AssertionError(f"{name} ended with {ended}, expected {code}: {''.join(texts)}")
+    return texts
+
+
+def become(script, arguments, output, error, environment):
+    code = 1
+    try:
+        os.environ.update(environment)
+        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), output.fileno(), error.fileno())):
+            os.dup2(file, number)
+        sys.argv = [str(script), *map(str, arguments)]
+        runpy.run_path(str(script), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def write_model(folder, template=TEMPLATE, bos=False):
@@ -55,7 +84,7 @@ def write_model(folder, template=TEMPLATE, bos=False):
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "<e>"}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<e>"}
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -67,6 +96,12 @@ def byte_ids(text):
     """Ids of ASCII text, worked out without the tokenizer: one for each character or special token."""
     pieces = re.findall("<s>|<e>|.", text, re.DOTALL)
     return [VOCABULARY.index(piece.replace(" ", "\u0120").replace("\n", "\u010a")) for piece in pieces]
+
+
+def setUpModule():
+    """What transformers imports with the first tokenizer is there in all processes that are copies of this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        AutoTokenizer.from_pretrained(str(write_model(Path(folder) / "model")))
 
 
 class Scratch(unittest.TestCase):
@@ -206,7 +241,7 @@ class PrepareTest(Scratch):
 
     def test_bad_records_are_refused_with_their_line(self):
         good = b'{"text": "abc"}\n'
-        bad = {b'{"text": "abc", "id": 1}': "its keys are", b'{"text": ""}': "text is empty", b'{"text": 1}': "string",
+        bad = {b'{"id": 1}': "its keys are", b'{"text": "a", "messages": []}': "more than one kind", b'{"text": ""}': "text is empty", b'{"text": 1}': "string",
                b'{"text": "a\\u0000"}': "zero character", b'{"text": "\\ud800"}': "surrogate",
                b'["a"]': "not a JSON object",
                b'{"text": "a\xff"}': "UTF-8", b'{"text": NaN}': "NaN", b'{"text": "a", "text": "b"}': "stands twice",
@@ -224,16 +259,19 @@ class PrepareTest(Scratch):
                 self.assertIn(reason, message)
                 self.assertFalse((self.folder / "out.h5").exists())
 
-    def test_prefix_that_is_not_one_is_refused(self):
-        chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]}
-        _, message = self.prepare([{"text": "abc"}, chat], code=65)
-        self.assertIn("line 2 (byte 16): the first 1 messages alone give other tokens", message)
+    def test_a_token_that_straddles_the_generation_prompt_is_no_target(self):
+        self.prepare([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]}])
+        tokens, mask = self.samples()[0]
+        ids = byte_ids("<s>user\na<e>\n<s>assistant")
+        self.assertEqual(tokens, [*ids, VOCABULARY.index("\u010a\u010a"), *byte_ids("\nb<e>\n")])
+        self.assertEqual(mask, [*[0] * (len(ids) + 1), 1, 1, 1, 0])
 
     def test_template_extras(self):
         template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
                     "{{ bos_token }}{{ strftime_now('%Y') }}{{ {'k': 'e'} | tojson }}"
                     "{% for m in messages %}{% if loop.index > 8 %}{% break %}{% endif %}{{ m.role + ':' }}"
-                    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}"
+                    "{% if m.role == 'user' %}{{ m.content + eos_token }}{% else %}"
+                    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
                     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
         model = write_model(self.folder / "extras", template=template)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -648,7 +686,7 @@ class EnvironmentTest(Scratch):
         self.assertIn("no_such_module_here. Run launch/setup.", self.run_script(66)[1])
 
     def test_with_the_prepared_python(self):
-        python = self.folder / "venv" / "bin" / "python"
+        python = self.folder / "tools" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text('#!/bin/sh\necho "prepared $2"\n')
         python.chmod(0o700)
