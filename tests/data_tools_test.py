@@ -328,7 +328,7 @@ class TinyGguf:
         for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
             self.weights[f"{name}.weight"] = np.ones(self.width, dtype=np.float32)
         self.architecture, self.pre, self.model, self.add_bos = "llama", "smollm", "gpt2", False
-        self.extra, self.quantized = {}, {}
+        self.extra, self.quantized, self.template = {}, {}, TEMPLATE
 
     def write(self, path):
         writer = gguf.GGUFWriter(path, self.architecture)
@@ -341,7 +341,7 @@ class TinyGguf:
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_rope_freq_base(1e4)
         for key, value in self.extra.items():
-            writer.add_uint32(key, value)
+            (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
         self.write_tokenizer(writer)
         for name, weight in self.weights.items():
             kind = self.quantized.get(name)
@@ -361,8 +361,9 @@ class TinyGguf:
         writer.add_token_merges([" ".join(merge) for merge in MERGES])
         writer.add_bos_token_id(START)
         writer.add_eos_token_id(END)
-        writer.add_add_bos_token(self.add_bos)
-        writer.add_chat_template(TEMPLATE)
+        if self.add_bos is not None:
+            writer.add_add_bos_token(self.add_bos)
+        writer.add_chat_template(self.template)
 
 
 def llama_cpp_permute(weight, heads):
@@ -462,6 +463,52 @@ class ImportTest(Scratch):
         self.tiny.add_bos = True
         tokenizer = Tokenizer.from_file(str(self.load() / "tokenizer.json"))
         self.assertEqual(tokenizer.encode("ab").ids, byte_ids("<s>ab"))
+
+    def test_start_token_as_llama_cpp_gives_it_where_the_file_says_nothing(self):
+        self.tiny.add_bos = None
+        for pre, start in (("llama-bpe", "<s>"), ("smollm", ""), ("gpt-2", "")):
+            with self.subTest(pre=pre):
+                self.tiny.pre = pre
+                folder = self.load()
+                tokenizer = AutoTokenizer.from_pretrained(str(folder))
+                self.assertEqual(tokenizer("ab 1<e>")["input_ids"], byte_ids(f"{start}ab 1<e>"))
+                chat = [{"role": "user", "content": "hi"}]
+                self.assertEqual(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"],
+                                 byte_ids("<s>user\nhi<e>\n<s>assistant\n"))
+                folder.rename(self.folder / pre)
+
+    def test_lengths_beyond_the_file(self):
+        kinds = gguf.GGUFValueType
+
+        def text(value):
+            return struct.pack("<Q", len(value)) + value
+
+        def header(fields, content=b"", tensors=0):
+            return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + content
+
+        array = text(b"k") + struct.pack("<II", kinds.ARRAY, kinds.UINT8)
+        for reason, content in {"claim 8,589,934,592 elements": header(1, array + struct.pack("<Q", 1 << 33)),
+                                "a length of 4,000,000 bytes": header(1, array + struct.pack("<Q", 4_000_000)),
+                                "or hold arrays": header(1, text(b"k") + struct.pack("<IIQ", kinds.ARRAY, kinds.ARRAY, 1)),
+                                "bytes is beyond its end": header(1, struct.pack("<Q", 1 << 62)),
+                                "claims 1,152,921,504,606,846,976 fields": header(1 << 60),
+                                "is not a valid GGUFValueType": header(1, text(b"k") + struct.pack("<I", 99))}.items():
+            with self.subTest(reason=reason):
+                source = self.folder / "claims.gguf"
+                source.write_bytes(content + bytes(64))
+                self.assertIn(reason, self.load(source=source, code=65))
+
+    def test_fields_that_no_model_has(self):
+        for name, value in (("llama.vocab_size", "x"), ("llama.attention.key_length", 0), ("llama.attention.key_length", "a"),
+                            ("llama.rope.dimension_count", "b"), ("tokenizer.ggml.unknown_token_id", 1 << 31),
+                            ("tokenizer.ggml.unknown_token_id", "u"), ("llama.rope.scaling.type", "linear"),
+                            ("tokenizer.ggml.padding_token_id", "\x1b[31m" * 100000)):
+            with self.subTest(name=name, value=str(value)[:10]):
+                self.tiny = TinyGguf()
+                self.tiny.extra = {name: value}
+                message = self.load(code=65)
+                self.assertLess(len(message), 2500)
+                self.assertNotIn("\x1b", message)
 
     def test_llama3_frequencies(self):
         factors = []
