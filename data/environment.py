@@ -11,13 +11,13 @@ USAGE, BAD_DATA, MISSING_INPUT, STORAGE, INTERRUPTED = 64, 65, 66, 74, 130
 LONGEST_MESSAGE = 2000
 
 # transformers reads them when it is imported: nothing is fetched, and its own notes stay away.
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", RUST_BACKTRACE="0")
 
 
 def printable(text, longest=LONGEST_MESSAGE):
     """Text that may come from a file, for the terminal: control characters escaped, and no longer than a message."""
-    text = text if len(text) <= longest else f"{text[:longest]} ..."
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:longest + 1])
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 def shown(value):

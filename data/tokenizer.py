@@ -26,20 +26,33 @@ def check_files(folder):
                             "fast format; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers, with "
                             "sentencepiece installed, makes it of a tokenizer.model.")
     for name in SMALL_FILES:
-        if (folder / name).exists():
-            read_json(folder / name, LARGEST_FILE)
+        if (folder / name).exists() and control_characters(read_json(folder / name, LARGEST_FILE)):
+            fail(BAD_DATA, f"{folder / name}: a key holds control characters. {REMEDY}")
     for path in [folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")]:
         if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_FILE):
             fail(BAD_DATA, f"{path} is no file of at most {LARGEST_FILE >> 20} MiB. {REMEDY}")
 
 
-def load(folder, kind=AutoTokenizer):
+def control_characters(value):
+    """Whether keys below the first level hold some: the libraries print unknown ones as they are."""
+    values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return any(control_characters(inner) or isinstance(inner, dict) and not all(map(str.isprintable, inner))
+               for inner in values)
+
+
+def guarded(folder, what, call):
+    """What the library returns. It raises what it likes, a panic of its Rust part included."""
     try:
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return call()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as problem:  # the library raises what it likes, a panic of its Rust part included
-        fail(BAD_DATA, f"{folder}: transformers cannot load the tokenizer: {type(problem).__name__}: {problem}. {REMEDY}")
+    except BaseException as problem:
+        fail(BAD_DATA, f"{folder}: transformers cannot {what}: {type(problem).__name__}: {problem}. {REMEDY}")
+
+
+def load(folder, kind=AutoTokenizer):
+    tokenizer = guarded(folder, "load the tokenizer", lambda: kind.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False))
     if not tokenizer.is_fast:
         fail(BAD_DATA, f"{folder}: {type(tokenizer).__name__} is no fast tokenizer. {REMEDY}")
     return tokenizer
@@ -153,7 +166,8 @@ class ModelTokenizer:
 
     def encode(self, text):
         """The ids of the text alone, and the characters (start, end) that each stands for."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = guarded(self.folder, "use the tokenizer", lambda: self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True))
         self.check_seen(encoded["input_ids"])
         return encoded["input_ids"], encoded["offset_mapping"]
 

@@ -2,14 +2,18 @@
 """Tests of the samples that data/prepare makes: python3 tests/conversations_test.py. Templates have the traits of published
 ones; the right token ids are those of transformers' apply_chat_template, the right targets stand here as text."""
 
+import copy
 import json
+import os
+import tempfile
 import unittest
-from pathlib import Path
+from datetime import datetime
 
 import data_tools_test as common
 from data_tools_test import MERGES, VOCABULARY, Scratch, tool
 
 import h5py
+from fingerprint import fingerprint
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -423,6 +427,209 @@ class TextTest(Samples):
         tokenizer = AutoTokenizer.from_pretrained(str(model))
         self.assertTrue(tokenizer.decode(sample[0]).endswith("### Response:\nfour</s>"))
         self.assertEqual(self.targets(tokenizer, sample), ["four</s>"])
+
+
+class TokenizerTest(Samples):
+    """The tokenizer is what transformers makes of the folder."""
+
+    def unmarked(self, name, **config):
+        """A model folder whose tokenizer.json does not hold the chat's marks, and the id that the next token will have."""
+        model = write_model(self.folder / name, byte_level(()), (), SMOLLM_2, eos_token="<e>", **config)
+        text = json.loads((model / "tokenizer.json").read_text())
+        text["added_tokens"] = [{"id": len(text["model"]["vocab"]), "content": "<e>", "single_word": False, "lstrip": False,
+                                 "rstrip": False, "normalized": False, "special": True}]
+        (model / "tokenizer.json").write_text(json.dumps(text))
+        return model, len(text["model"]["vocab"]) + 1
+
+    def check(self, model):
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+        sample = self.prepare(model, {"messages": TWO})[0]
+        self.assertEqual(sample[0], tokenizer.apply_chat_template(TWO)["input_ids"])
+        return tokenizer, sample
+
+    def test_marks_outside_of_tokenizer_json(self):
+        marks = ("<|im_start|>", "<|im_end|>")
+        added = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        _, first = self.unmarked("base")
+        numbers = {mark: first + i for i, mark in enumerate(marks)}
+        decoder = {str(number): {"content": mark, **added} for mark, number in numbers.items()}
+        for name, config, files in (
+                ("decoder", {"added_tokens_decoder": decoder}, {}), ("extra", {"extra_special_tokens": marks}, {}),
+                ("named", {"extra_special_tokens": {"start_token": marks[0], "end_token": marks[1]}}, {}),
+                ("additional", {"additional_special_tokens": marks}, {}), ("file", {}, {"added_tokens.json": numbers}),
+                ("map", {}, {"special_tokens_map.json": {"additional_special_tokens": marks}})):
+            with self.subTest(where=name):
+                model, _ = self.unmarked(name, **config)
+                for file, content in files.items():
+                    (model / file).write_text(json.dumps(content))
+                _, (ids, targets) = self.check(model)
+                self.assertEqual([ids.count(number) for number in numbers.values()], [5, 5])
+                self.assertEqual([target for i, target in zip(ids, targets) if i == numbers[marks[1]]], [0, 0, 1, 0, 1])
+
+    def test_how_added_tokens_are_found(self):
+        """lstrip, rstrip, single_word and normalized are the tokenizers library's business."""
+        for flags in ({"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}):
+            with self.subTest(flags=flags):
+                first = self.unmarked("base" + next(iter(flags)))[1]
+                decoder = {str(first + i): {"content": mark, "special": True, "normalized": False, "lstrip": False,
+                                            "rstrip": False, "single_word": False, **flags}
+                           for i, mark in enumerate(("<|im_start|>", "<|im_end|>"))}
+                tokenizer, sample = self.check(self.unmarked(next(iter(flags)), added_tokens_decoder=decoder)[0])
+                self.assertIn("four", self.targets(tokenizer, sample)[0])
+
+    def test_space_before_text(self):
+        for flag, first in ((True, "\u2581"), (False, "a")):
+            model = write_model(self.folder / str(flag), sentence_piece(()), ("<s>", "</s>"), SMOLLM_2, bos_token="<s>",
+                                eos_token="</s>", tokenizer_class="LlamaTokenizer", add_prefix_space=flag)
+            tokenizer, _ = self.check(model)
+            self.assertEqual(tokenizer.convert_ids_to_tokens(self.prepare(model, {"text": "ab"})[0][0][0]), first)
+
+    def test_marks_that_the_model_has_never_seen(self):
+        model, first = self.unmarked("beyond", additional_special_tokens=["<|im_start|>", "<|im_end|>"], pad_token="<pad>")
+        (model / "config.json").write_text(json.dumps({"vocab_size": first}))
+        self.prepare(model, {"text": "ab"})  # holds none of them
+        message = self.prepare(model, {"messages": TWO}, code=65)
+        self.assertIn(f"beyond the model's {first} tokens: the model has never seen it", message)
+        model = write_model(self.folder / "eos", byte_level(()), (), SMOLLM_2, eos_token="<|eot|>")
+        self.assertIn("eos_token is '<|eot|>', which no vocabulary of the folder holds", self.prepare(model, {"text": "a"}, code=65))
+        model = write_model(self.folder / "none", byte_level(()), (), SMOLLM_2)
+        self.assertIn("names no usable eos_token", self.prepare(model, {"text": "a"}, code=65))
+        self.assertEqual(len(self.prepare(model, {"messages": TWO})), 1)
+
+    def test_a_class_that_loses_text_yields_to_the_file(self):
+        """LlamaTokenizerFast over a byte-level vocabulary: the R1 distillates of Llama."""
+        marks, bos, eos, template, _ = FAMILIES["r1"]
+        model = write_model(self.folder / "model", byte_level(marks), [*marks, bos, eos], template, bos_token=bos,
+                            eos_token=eos, tokenizer_class="LlamaTokenizerFast")
+        (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 600}))
+        sample = self.prepare(model, {"messages": turns("two plus two?", "it is four")})[0]
+        plain = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self.assertEqual(plain.decode(sample[0], skip_special_tokens=False),
+                         "<|bos|><|User|>two plus two?<|Assistant|>it is four<|eos|>")
+        self.assertIn("loses text", self.error)
+
+    def test_folders_without_some_files(self):
+        model = chatml(self.folder / "model")
+        (model / "tokenizer_config.json").unlink()
+        self.assertIn("no chat template", self.prepare(model, {"messages": TWO}, code=65))
+        (model / "chat_template.jinja").write_text(SMOLLM_2)
+        self.check(model)
+        (model / "tokenizer.json").unlink()
+        (model / "tokenizer.model").write_bytes(b"\x0a\x0e")
+        self.assertIn("save_pretrained(DIR) of transformers", self.prepare(model, {"text": "a"}, code=66))
+        (model / "config.json").unlink()
+        self.assertIn("config.json does not exist", self.prepare(model, {"text": "a"}, code=66))
+
+    def test_code_of_a_model_is_never_run(self):
+        model = chatml(self.folder / "model", tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": [None, "own.Own"]})
+        (model / "own.py").write_text(f"open({str(self.folder / 'ran')!r}, 'w')\n")
+        self.assertIn("transformers cannot load the tokenizer", self.prepare(model, {"text": "a"}, code=65))
+        self.assertFalse((self.folder / "ran").exists())
+
+    def test_nested_and_large_files(self):
+        for name, content, reason in (("tokenizer.json", "[" * 300000, "cannot be read as JSON"),
+                                      ("tokenizer_config.json", '{"a":' * 300000, "cannot be read as JSON"),
+                                      ("added_tokens.json", " " * (17 << 20), "at most 16 MiB"),
+                                      ("special_tokens_map.json", '{"bos_token": {"\\u001b[31m": 1}}', "control characters"),
+                                      ("chat_template.jinja", " " * (17 << 20), "at most 16 MiB")):
+            with self.subTest(file=name):
+                model = chatml(self.folder / name)
+                (model / name).write_text(content)
+                self.assertIn(reason, self.prepare(model, {"text": "a"}, code=65))
+        model = chatml(self.folder / "huge")
+        with open(model / "tokenizer.json", "wb") as file:
+            file.truncate(200 << 20)
+        self.assertIn("at most 128 MiB", self.prepare(model, {"text": "a"}, code=65))
+
+    def test_a_pattern_that_backtracks_without_end(self):
+        model = chatml(self.folder / "model")
+        text = json.loads((model / "tokenizer.json").read_text())
+        text["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+        (model / "tokenizer.json").write_text(json.dumps(text))
+        self.assertIn("transformers cannot use the tokenizer", self.prepare(model, {"text": "a" * 3000 + "b"}, code=65))
+
+    def test_every_field_with_every_kind_of_value(self):
+        """0, 65 or 66, soon, and a message that a terminal can show: never a trace."""
+        deep = json.loads("[" * 300 + "]" * 300)
+        values = (None, [], {}, "", "\x1b[31m" * 50000, -1, 10**30, 1.5, [1], {"a": 1}, {"content": 5}, deep)
+        fields = {"tokenizer_config.json": (
+            "bos_token", "eos_token", "pad_token", "additional_special_tokens", "extra_special_tokens",
+            "added_tokens_decoder", "chat_template", "tokenizer_class", "add_prefix_space", "model_max_length",
+            "clean_up_tokenization_spaces", "padding_side", "split_special_tokens", "auto_map", "model_input_names"),
+            "generation_config.json": ("eos_token_id",), "config.json": ("vocab_size", "model_type", "eos_token_id"),
+            "special_tokens_map.json": ("eos_token",), "added_tokens.json": ("<x>",)}
+        model = chatml(self.folder / "model")
+        for file, names in fields.items():
+            whole = (model / file).read_text() if (model / file).exists() else "{}"
+            for name in names:
+                for value in values:
+                    (model / file).write_text(json.dumps({**json.loads(whole), name: value}))
+                    code, output = load_and_use(model)
+                    with self.subTest(file=file, name=name, value=str(value)[:40]):
+                        self.assertIn(code, (0, 65, 66), output)
+                        self.assertLess(len(output), 3000)
+                        self.assertNotIn("\x1b", output)
+            (model / file).write_text(whole)
+
+
+def load_and_use(model):
+    """How a process ends that does with the tokenizer what prepare does, and what it prints."""
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            common.in_child(lambda: use(model), output, output)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return code, output.read().decode()
+
+
+def use(model):
+    from templates import TemplateRefusal
+    from tokenizer import ModelTokenizer
+
+    tokenizer = ModelTokenizer(model, datetime(2020, 1, 1))
+    tokenizer.encode_plain("ab<|im_end|>")
+    tokenizer.loaded()
+    try:
+        if tokenizer.templates:
+            tokenizer.conversation(TWO, {}, 0)
+    except TemplateRefusal:
+        raise SystemExit(65) from None
+
+
+class FingerprintTest(unittest.TestCase):
+    TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+                 "added_tokens": [{"id": 3, "content": "<s>"}]}
+
+    def test_literals(self):
+        self.assertEqual(fingerprint(self.TOKENIZER), "91ad71f3c2edf682b0f21074fb05a057b39276fc72b77c111f505749a7fae0f7")
+        unigram = {"model": {"type": "Unigram", "vocab": [["a", -1.5], ["\u2581b", 0.0]]},
+                   "added_tokens": [{"id": 0, "content": "a"}, {"id": 7, "content": "<s>"}]}
+        self.assertEqual(fingerprint(unigram), "0d4ac38b3d72d705a79c9093ae8fc0604fd8a404eaa3cdead9baf38c0add69d4")
+
+    def test_what_counts(self):
+        same = copy.deepcopy(self.TOKENIZER)
+        same["model"]["merges"] = [["a", "b"]]
+        same["model"]["vocab"] = {"ab": 2, "b": 1, "a": 0, "<s>": 3}
+        same["normalizer"] = {"type": "NFC"}
+        self.assertEqual(fingerprint(same), fingerprint(self.TOKENIZER))
+        for change in ({"vocab": {"a": 1, "b": 0, "ab": 2}}, {"merges": []}, {"merges": ["b a"]}):
+            other = {**self.TOKENIZER, "model": {**self.TOKENIZER["model"], **change}}
+            self.assertNotEqual(fingerprint(other), fingerprint(self.TOKENIZER), change)
+        self.assertNotEqual(fingerprint({**self.TOKENIZER, "added_tokens": []}), fingerprint(self.TOKENIZER))
+
+
+class AttributesTest(Samples):
+    def test_both_fingerprints_stand_in_the_file(self):
+        model = chatml(self.folder / "model", additional_special_tokens=["<new>"])
+        self.prepare(model, {"messages": TWO})
+        with h5py.File(self.folder / "out.h5") as file:
+            attributes = dict(file.attrs)
+        self.assertEqual(attributes["tokenizer_content"], "sha256:" + fingerprint(json.loads((model / "tokenizer.json").read_text())))
+        AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(self.folder / "saved"))
+        saved = json.loads((self.folder / "saved" / "tokenizer.json").read_text())
+        self.assertEqual(attributes["tokenizer_loaded"], "sha256:" + fingerprint(saved))
+        self.assertNotEqual(attributes["tokenizer_loaded"], attributes["tokenizer_content"])
 
 
 if __name__ == "__main__":

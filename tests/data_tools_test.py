@@ -43,11 +43,17 @@ MERGES = [("\u010a", "\u010a"), ("2", "1")]
 def tool(name, *arguments, code=0, **environment):
     """Runs a command of the project and checks how it ends. Returns (standard output, standard error). The process is a
     copy of this one: it has already imported what takes long."""
+
+    def run_script():
+        os.environ.update(environment)
+        sys.argv = [str(ROOT / name), *map(str, arguments)]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as error:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            become(ROOT / name, arguments, output, error, environment)
+            in_child(run_script, output, error)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = [(file.seek(0), file.read().decode())[1] for file in (output, error)]
     if ended != code:
@@ -55,14 +61,13 @@ def tool(name, *arguments, code=0, **environment):
     return texts
 
 
-def become(script, arguments, output, error, environment):
+def in_child(work, output, error):
+    """Does the work and ends the process, a copy of the tests' own, as Python would end a script."""
     code = 1
     try:
-        os.environ.update(environment)
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), output.fileno(), error.fileno())):
             os.dup2(file, number)
-        sys.argv = [str(script), *map(str, arguments)]
-        runpy.run_path(str(script), run_name="__main__")
+        work()
         code = 0
     except SystemExit as end:
         code = end.code or 0
