@@ -666,6 +666,28 @@ class ChatTest(Scratch):
                                      "--serve", "--max-new-tokens", "5"])
         self.assertEqual(requests, [{"prompt": byte_ids(prompt), "adapter": "default", "stop_tokens": byte_ids("<e>")}])
 
+    def test_answers_end_at_every_token_that_the_configurations_name(self):
+        model = self.folder / "model"
+        for generation, config, stops in ((None, [5, 7], [END, 5, 7]), ({"eos_token_id": 6}, 5, [END, 6]),
+                                          ({"eos_token_id": [6, 8]}, None, [END, 6, 8]), ({"eos_token_id": None}, 5, [END, 5]),
+                                          ({}, [5], [END, 5]), ({}, None, [END]), ({"eos_token_id": 0}, 5, [0, END])):
+            (model / "config.json").write_text(json.dumps({"vocab_size": 300, "eos_token_id": config}))
+            (model / "generation_config.json").unlink(missing_ok=True)
+            if generation is not None:
+                (model / "generation_config.json").write_text(json.dumps(generation))
+            output, _ = self.chat("--prompt", "hi", tokens=[*byte_ids("yes"), stops[-1], *byte_ids("more")])
+            self.assertEqual((output, self.log()[1][0]["stop_tokens"]), ("yes\n", stops))
+        for outside in (300, -1, "1", True, [1, None], 10**30):
+            (model / "generation_config.json").write_text(json.dumps({"eos_token_id": outside}))
+            self.assertIn("eos_token_id holds", self.chat("--prompt", "hi", code=65)[1])
+
+    def test_a_model_without_an_end_of_sequence_token(self):
+        path = self.folder / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}))
+        (self.folder / "model" / "generation_config.json").write_text('{"eos_token_id": 5}')
+        self.chat("--prompt", "hi", tokens=byte_ids("yes"))
+        self.assertEqual(self.log()[1][0]["stop_tokens"], [5])
+
     def test_a_prompt_that_is_no_text_is_refused(self):
         _, error = self.chat("--prompt", os.fsdecode(b"\xff\xfe"), code=64)
         self.assertIn("UTF-8", error)
