@@ -9,6 +9,7 @@ from pathlib import Path
 
 USAGE, BAD_DATA, MISSING_INPUT, STORAGE, INTERRUPTED = 64, 65, 66, 74, 130
 LONGEST_MESSAGE = 2000
+OLDEST = {"transformers": (5, 17)}  # earlier ones load and render in another way
 
 # transformers reads them when it is imported: nothing is fetched, and its own notes stay away.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", RUST_BACKTRACE="0")
@@ -89,10 +90,10 @@ def require(*modules):
 
 def importable(name):
     try:
-        importlib.import_module(name)
+        version = getattr(importlib.import_module(name), "__version__", "")
     except ImportError:
         return False
-    return True
+    return name not in OLDEST or tuple(map(int, version.split(".")[:2])) >= OLDEST[name]
 
 
 def read_json(path, largest):

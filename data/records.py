@@ -6,9 +6,9 @@ A record is one of
   prompt + completion               two texts, or two lists of messages, of which the second is learnt
   instruction + output (+ input)    one question and its answer
   text                              all of it is learnt
-Beside messages, tools (a list, or the same as JSON text) and chat_template_kwargs (an object) go to the chat template, as
-every key of a message does. All other columns are left out, and named at the end. A record of two kinds is refused; a
-column that is null counts as absent."""
+Beside messages, tools (a list, or the same as JSON text) and chat_template_kwargs (an object) go to the chat template,
+as every key of a message does; an answer of weight 0 is not learnt. All other columns are left out, and named at the
+end. A record of two kinds is refused; a column that is null counts as absent."""
 
 import json
 import re
@@ -164,17 +164,16 @@ def checked_message(message):
         raise BadRecord("a message is not an object")
     if set(message) >= {"from", "value"}:
         message = from_sharegpt(message)
+    message = {key: value for key, value in message.items() if value is not None or key == "content"}
     if "role" not in message or not {"content", "tool_calls"} & set(message):
         raise BadRecord(f"a message has the keys {shown(', '.join(message))}; role and content are needed")
     if message["role"] not in ROLES:
         raise BadRecord(f"the role {shown(message['role'])} is none of {', '.join(ROLES)}")
     calls = checked_calls(message)
-    message = {**checked_values({k: v for k, v in message.items() if k != "content"}, "a message"),
-               **({"content": joined(message["content"])} if message.get("content") is not None else
-                  {"content": None} if "content" in message else {})}
     if not calls or message.get("content") is not None:
-        checked_text(message.get("content"), "content", needed=message["role"] == "assistant" and not calls)
-    return message
+        message["content"] = joined(message.get("content"))
+        checked_text(message["content"], "content", needed=message["role"] == "assistant" and not calls)
+    return checked_values(message, "a message")
 
 
 def joined(content):
@@ -190,9 +189,9 @@ def joined(content):
 
 def checked_calls(message):
     calls = message.get("tool_calls") or []
-    functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls] if isinstance(
-        calls, list) else [None]
-    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    named = [isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions]
+    if not isinstance(calls, list) or len(functions) != len(calls) or not all(named):
         raise BadRecord("tool_calls is not a list of {\"function\": {\"name\", \"arguments\"}}")
     return calls
 
@@ -207,7 +206,8 @@ def from_sharegpt(message):
         return {"role": SHAREGPT[speaker], "content": message["value"], **others}
     call = parse_json(checked_text(message["value"], "value"))
     calls = call if isinstance(call, list) else [call]
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls], **others}
+    calls = [{"type": "function", "function": call} for call in calls]
+    return {"role": "assistant", "content": "", "tool_calls": calls, **others}
 
 
 READERS = {("messages",): read_messages, ("conversations",): read_messages, ("prompt", "completion"): read_pair,

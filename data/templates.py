@@ -1,5 +1,5 @@
-"""Renders chat templates. They are programs that came with a model, so they run in a process of their own, with limits on
-its time and memory. What renders is transformers itself."""
+"""Renders chat templates. They are programs that came with a model, so they run in a process of their own, with limits
+on its time and memory. What renders is transformers itself."""
 
 import json
 import multiprocessing
@@ -44,7 +44,7 @@ class TemplateProcess:
         except (EOFError, OSError):
             self.process.join()
             fail(BAD_DATA, f"the model's chat template did not come to an end within {CPU_SECONDS} s, or broke down "
-                           f"(signal {-(self.process.exitcode or 0)}). Correct the template, or split the conversation.")
+                           f"(exit {self.process.exitcode}). Correct the template, or split the conversation.")
         if "refused" in answer:
             raise TemplateRefusal(f"the model's chat template refuses it: {answer['refused']}")
         return answer

@@ -22,9 +22,9 @@ def check_files(folder):
     """Sizes and nesting of what transformers will read, and that the tokenizer is there in the fast format."""
     read_json(folder / "config.json", LARGEST_FILE)
     if not (folder / "tokenizer.json").exists():
-        fail(MISSING_INPUT, f"{folder / 'tokenizer.json'} does not exist. The tokenizer has to be there in Hugging Face's "
-                            "fast format; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers, with "
-                            "sentencepiece installed, makes it of a tokenizer.model.")
+        fail(MISSING_INPUT, f"{folder / 'tokenizer.json'} does not exist. The tokenizer has to be there in Hugging "
+                            "Face's fast format; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of "
+                            "transformers, with sentencepiece installed, makes it of a tokenizer.model.")
     for name in SMALL_FILES:
         if (folder / name).exists() and control_characters(read_json(folder / name, LARGEST_FILE)):
             fail(BAD_DATA, f"{folder / name}: a key holds control characters. {REMEDY}")
@@ -47,7 +47,8 @@ def guarded(folder, what, call):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as problem:
-        fail(BAD_DATA, f"{folder}: transformers cannot {what}: {type(problem).__name__}: {problem}. {REMEDY}")
+        reason = f"{type(problem).__name__}: {problem}"
+        fail(BAD_DATA, f"{folder}: transformers cannot {what}: {reason}. {REMEDY}")
 
 
 def load(folder, kind=AutoTokenizer):
@@ -77,11 +78,10 @@ class ModelTokenizer:
         check_files(self.folder)
         self.file = read_json(self.path, LARGEST_TOKENIZER)
         self.tokenizer = load(self.folder)
-        if own_file_is_better(self.tokenizer, self.path):
+        if guarded(self.folder, "use the tokenizer", lambda: own_file_is_better(self.tokenizer, self.path)):
             note(f"{type(self.tokenizer).__name__}, which transformers takes for the model, loses text: {self.path} is "
                  "taken as it stands")
             self.tokenizer = load(self.folder, PreTrainedTokenizerFast)
-        self.content = self.in_file(fingerprint)
         self.added = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
         self.vocab_size = self.checked_vocab_size()
         self.unseen = self.unseen_tokens()
@@ -125,7 +125,7 @@ class ModelTokenizer:
         return {token["content"] for token in config.get("added_tokens_decoder", {}).values()} | set(added)
 
     def generation_ends(self):
-        """Token ids that end an answer: eos_token_id of generation_config.json, else of config.json, and the tokenizer's."""
+        """Token ids that end an answer: eos_token_id of generation_config.json, else of config.json; the tokenizer's."""
         own = self.tokenizer.eos_token_id
         ends = set() if own is None or own in self.unseen else {own}
         for name in ("generation_config.json", "config.json"):
@@ -183,9 +183,9 @@ class ModelTokenizer:
     def decode(self, ids, skip_special=True):
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
 
-    def loaded(self):
-        """The fingerprint of the tokenizer as transformers made it of the folder's files."""
-        return fingerprint(json.loads(self.tokenizer.backend_tokenizer.to_str()))
+    def fingerprints(self):
+        """Of tokenizer.json as it stands, and of the tokenizer as transformers made it of all of the folder's files."""
+        return self.in_file(fingerprint), fingerprint(json.loads(self.tokenizer.backend_tokenizer.to_str()))
 
     # ---- conversations
 
@@ -194,7 +194,8 @@ class ModelTokenizer:
         try:
             if not self.tokenizer.chat_template:
                 return {}
-            sources = {tools: self.tokenizer.get_chat_template(tools=[{}] if tools else None) for tools in (False, True)}
+            sources = {tools: self.tokenizer.get_chat_template(tools=[{}] if tools else None)
+                       for tools in (False, True)}
         except ValueError as problem:
             fail(BAD_DATA, f"{self.folder}: {problem}")
         if not all(isinstance(source, str) for source in sources.values()):

@@ -1,7 +1,5 @@
 """Which characters of a rendered conversation are its answers: what a model is asked to write there."""
 
-import re
-
 SENTINEL = "\ue0f1{}\ue0f2"  # characters for private use
 
 
@@ -13,23 +11,25 @@ class Marks:
     """The tokenizer's marks (<|im_end|>, ...) inside of text."""
 
     def __init__(self, marks):
-        longest_first = sorted(marks, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.marks = tuple(marks)
+        self.longest = max(map(len, self.marks), default=0)
 
     def without_white_space(self, text, start, end):
-        """The end of text[start:end] without the white space that follows its last mark."""
-        last = max((match.end() for match in self.pattern.finditer(text, start, end)), default=end)
-        return end if text[last:end].strip() else last
+        """The end of text[start:end] without the white space that follows a mark at its end."""
+        stripped = start + len(text[start:end].rstrip())
+        return stripped if text.endswith(self.marks, start, stripped) else end
+
+    def last_end(self, text, end):
+        """Where the last mark in text[:end] ends; `end` where there is none."""
+        ends = [found + len(mark) for mark in self.marks if (found := text.rfind(mark, 0, end)) >= 0]
+        return max(ends, default=end)
 
     def common(self, first, second):
         """The length of the text that both begin with, no mark of either cut in two."""
         length = common_length(first, second)
-        for text in (first, second):
-            for match in self.pattern.finditer(text):
-                if match.end() > length:
-                    length = min(length, match.start())
-                    break
-        return length
+        cut = [at for text in (first, second) for at in range(max(0, length - self.longest), length)
+               if text.startswith(self.marks, at) and not first.startswith(self.marks, at, length)]
+        return min(cut, default=length)
 
 
 def common_length(first, second):
@@ -125,8 +125,7 @@ class Conversation:
         if len(parts) != 2:
             raise Unclear("the template does not write the conversation up to the answer alone")
         shared = self.marks.common(parts[1], after)
-        last = max((match.end() for match in self.marks.pattern.finditer(after, 0, shared)), default=shared)
-        return shared if shared == len(parts[1]) else last
+        return shared if shared == len(parts[1]) else self.marks.last_end(after, shared)
 
     def check(self, message, start, end):
         """Everything that the message says has to stand in the answer, but for white space; what it begins with may

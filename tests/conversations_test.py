@@ -207,6 +207,17 @@ class FamilyTest(Samples):
                     self.assertEqual([text.lstrip() for text in self.targets(tokenizer, sample)],
                                      [text.lstrip() for text in targets])
 
+    def test_generation_marks_are_the_masks_of_transformers(self):
+        marks, _, eos, _, _ = FAMILIES["generation"]
+        cases = [TWO, turns("a", "b\n\n", "c", " \n d"), turns("Hello", "a", "\U0001f600 21", first="assistant")]
+        for number, template in enumerate((GENERATION, GENERATION.replace("+ '<|im_end|>' }}{% end", "}}{% end").replace(
+                "{{ '\n' }}", "{{ '<|im_end|>\n' }}").replace("assistant\n' }}{% gen", "assistant' }}{% gen"))):
+            model = write_model(self.folder / str(number), byte_level(marks), marks, template, eos_token=eos)
+            tokenizer = AutoTokenizer.from_pretrained(str(model))
+            for sample, messages in zip(self.prepare(model, *({"messages": m} for m in cases)), cases):
+                right = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+                self.assertEqual(sample, (right["input_ids"], right["assistant_masks"]))
+
 
 def chatml(folder, template=GENERATION.replace("{% generation %}", "").replace("{% endgeneration %}", ""), **config):
     return write_model(folder, byte_level(CHATML), CHATML, template, **{"eos_token": "<|im_end|>", **config})
@@ -589,7 +600,7 @@ def use(model):
 
     tokenizer = ModelTokenizer(model, datetime(2020, 1, 1))
     tokenizer.encode_plain("ab<|im_end|>")
-    tokenizer.loaded()
+    tokenizer.fingerprints()
     try:
         if tokenizer.templates:
             tokenizer.conversation(TWO, {}, 0)

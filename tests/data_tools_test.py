@@ -743,6 +743,9 @@ class ChatTest(Scratch):
         self.chat("model.path=nowhere", "--prompt", "hi", code=66)
         self.run_file.write_text("model: {shape: llama-3-8b}\n")
         self.assertIn("model.path is missing", self.chat("--prompt", "hi", code=64)[1])
+        for content in (b"model: {path: 2001-99-99}", b"[" * 5000, b"\xff", b"a: 1\n b: 2"):
+            self.run_file.write_bytes(content)
+            self.assertIn("is not YAML", self.chat("--prompt", "hi", code=64)[1])
         self.run_file.unlink()
         self.chat("--prompt", "hi", code=66)
         tool("launch/chat", self.run_file, "model.path=" + str(self.folder / "model"), "--prompt", "hi", code=66,
