@@ -85,7 +85,7 @@ def require(*modules):
     if python.exists() and Path(sys.prefix).resolve() != tools.resolve():
         sys.stdout.flush()
         os.execv(python, [str(python), os.path.abspath(sys.argv[0]), *sys.argv[1:]])
-    fail(MISSING_INPUT, f"Python packages not found: {', '.join(missing)}. Run launch/setup.")
+    fail(MISSING_INPUT, f"Python packages not found, or too old: {', '.join(missing)}. Run launch/setup.")
 
 
 def importable(name):

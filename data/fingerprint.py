@@ -15,7 +15,7 @@ def tokens_of(tokenizer):
 
 
 def fingerprint(tokenizer):
-    """SHA-256 over tokens, merges and scores; data/token_file.cpp computes the same."""
+    """SHA-256 over tokens, merges and scores, as corank computes it of a model folder."""
     digest = hashlib.sha256()
     for number, token in sorted((number, token.encode()) for number, token in tokens_of(tokenizer)):
         digest.update(b"t %d %d %b\n" % (number, len(token), token))

@@ -246,7 +246,8 @@ class PrepareTest(Scratch):
 
     def test_bad_records_are_refused_with_their_line(self):
         good = b'{"text": "abc"}\n'
-        bad = {b'{"id": 1}': "its keys are", b'{"text": "a", "messages": []}': "more than one kind", b'{"text": ""}': "text is empty", b'{"text": 1}': "string",
+        bad = {b'{"id": 1}': "its keys are", b'{"text": "a", "messages": []}': "more than one kind",
+               b'{"text": ""}': "text is empty", b'{"text": 1}': "string",
                b'{"text": "a\\u0000"}': "zero character", b'{"text": "\\ud800"}': "surrogate",
                b'["a"]': "not a JSON object",
                b'{"text": "a\xff"}': "UTF-8", b'{"text": NaN}': "NaN", b'{"text": "a", "text": "b"}': "stands twice",
@@ -760,7 +761,14 @@ class EnvironmentTest(Scratch):
         return tool(script, "a b", code=code, CORANK_CACHE=str(self.folder))
 
     def test_without_the_prepared_python(self):
-        self.assertIn("no_such_module_here. Run launch/setup.", self.run_script(66)[1])
+        self.assertIn("not found, or too old: no_such_module_here. Run launch/setup.", self.run_script(66)[1])
+
+    def test_a_library_that_is_too_old(self):
+        (self.folder / "transformers.py").write_text("__version__ = '4.57.1'\n")
+        script = self.folder / "script"
+        script.write_text(f"import sys\nsys.modules.pop('transformers')\nsys.path[:0] = [{str(self.folder)!r}, "
+                          f"{str(ROOT / 'data')!r}]\nfrom environment import require\nrequire('transformers')\n")
+        self.assertIn("too old: transformers", tool(script, code=66, CORANK_CACHE=str(self.folder))[1])
 
     def test_with_the_prepared_python(self):
         python = self.folder / "tools" / "bin" / "python"

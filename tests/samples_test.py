@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of the samples that data/prepare makes: python3 tests/conversations_test.py. Templates have the traits of published
+"""Tests of the samples that data/prepare makes: python3 tests/samples_test.py. Templates have the traits of published
 ones; the right token ids are those of transformers' apply_chat_template, the right targets stand here as text."""
 
 import copy
@@ -49,7 +49,8 @@ QWEN_3 = (
     "{% set ns = namespace(last=messages | length - 1) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role != 'assistant' %}"
     "{{ '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + m.content + '<|im_end|>\n' }}{% else %}"
-    "{% set content = m.content or '' %}{% set thought = m.reasoning_content or '' %}{% if not thought and '</think>' in content %}"
+    "{% set content = m.content or '' %}{% set thought = m.reasoning_content or '' %}"
+    "{% if not thought and '</think>' in content %}"
     "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>assistant\n' }}"
     "{% if loop.index0 > ns.last and (loop.last or thought) %}"
@@ -226,7 +227,8 @@ def chatml(folder, template=GENERATION.replace("{% generation %}", "").replace("
 class TemplateTest(Samples):
     def test_a_turn_that_loses_its_thinking_is_no_target_and_alone_is_refused(self):
         marks, bos, eos, template, _ = FAMILIES["r1"]
-        model = write_model(self.folder / "model", byte_level(marks), [*marks, bos, eos], template, bos_token=bos, eos_token=eos)
+        model = write_model(self.folder / "model", byte_level(marks), [*marks, bos, eos], template, bos_token=bos,
+                            eos_token=eos)
         message = self.prepare(model, {"messages": THINKING}, code=65)
         self.assertIn("none of its answers can be told apart: message 2: the template leaves out or rewrites", message)
         mixed = [*THINKING[:2], {"role": "user", "content": "3?"}, {"role": "assistant", "content": "five"}]
@@ -282,7 +284,8 @@ class TemplateTest(Samples):
         model = write_model(self.folder / "model", sentence_piece(marks), [*marks, bos, eos], template, bos_token=bos,
                             eos_token=eos)
         for messages in (turns("Hello", "two?", first="assistant"), [*TWO[:2], *TWO[1:2]]):
-            self.assertIn("refuses it: TemplateError: roles must alternate", self.prepare(model, {"messages": messages}, code=65))
+            self.assertIn("refuses it: TemplateError: roles must alternate",
+                          self.prepare(model, {"messages": messages}, code=65))
 
     def test_templates_that_never_end_or_take_all_memory(self):
         """65 and a message: one loops, one doubles a text without end, one counts up a huge number, one nests deeply."""
@@ -340,6 +343,12 @@ class RecordTest(Samples):
         sample = self.prepare(self.model, {"messages": [TWO[0], {**TWO[1], "weight": 0}, *TWO[2:]]})[0]
         self.assertEqual(self.targets(AutoTokenizer.from_pretrained(str(self.model)), sample), ["five<|im_end|>"])
 
+    def test_keys_that_the_template_does_not_read(self):
+        thoughtful = [{**m, "reasoning_content": "hm", "tool_calls": None} if m["role"] == "assistant" else m for m in TWO]
+        self.same({"messages": TWO}, {"messages": thoughtful}, {"messages": TWO, "tools": [{"name": "f"}]})
+        self.assertIn("reasoning_content of messages (1)", self.output)
+        self.assertIn("tools (1)", self.output)
+
     def test_calls_of_functions(self):
         call = {"name": "add", "arguments": {"a": 2}}
         spoken = [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": json.dumps(call)},
@@ -360,7 +369,8 @@ class RecordTest(Samples):
 
         for record, reason in (
                 ({"messages": TWO, "text": "a"}, "more than one kind"), ({"question": "a", "answer": "b"}, "no known kind"),
-                ({"instruction": "a", "response": "b"}, "known records are"), ({"prompt": "a", "response": "b"}, "known records"),
+                ({"instruction": "a", "response": "b"}, "known records are"),
+                ({"prompt": "a", "response": "b"}, "known records are"),
                 ({"messages": {"role": "user"}}, "not a list of objects"), ({"messages": [[turn]]}, "not a list of objects"),
                 ({"messages": [turn, {"role": "assistant"}]}, "role and content are needed"),
                 (chat(content=[{"type": "image_url", "image_url": "x"}]), "of type 'image_url'"),
@@ -412,7 +422,8 @@ class TextTest(Samples):
                 ({"text": "ab<e>\n"}, "<b> a b <e> \u010a", "01110"), ({"text": "a<e>b"}, "<b> a <e> b <e>", "01111"),
                 ({"text": " <b>ab"}, "\u0120 <b> a b <e>", "01111"),
                 ({"prompt": "<b>a", "completion": "b<e>"}, "<b> a b <e>", "0011"),
-                ({"prompt": "<b>", "completion": "b"}, "<b> b <e>", "011"), ({"prompt": "", "completion": "b"}, "<b> b <e>", "011"),
+                ({"prompt": "<b>", "completion": "b"}, "<b> b <e>", "011"),
+                ({"prompt": "", "completion": "b"}, "<b> b <e>", "011"),
                 ({"prompt": "a ", "completion": "b"}, "<b> a \u0120 b <e>", "00011"),
                 ({"prompt": "a\n", "completion": "\nb"}, "<b> a \u010a \u010a b <e>", "000111"),
                 ({"prompt": "a", "completion": " b"}, "<b> a \u0120 b <e>", "00111"),
@@ -502,7 +513,8 @@ class TokenizerTest(Samples):
         message = self.prepare(model, {"messages": TWO}, code=65)
         self.assertIn(f"beyond the model's {first} tokens: the model has never seen it", message)
         model = write_model(self.folder / "eos", byte_level(()), (), SMOLLM_2, eos_token="<|eot|>")
-        self.assertIn("eos_token is '<|eot|>', which no vocabulary of the folder holds", self.prepare(model, {"text": "a"}, code=65))
+        message = self.prepare(model, {"text": "a"}, code=65)
+        self.assertIn("eos_token is '<|eot|>', which no vocabulary of the folder holds", message)
         model = write_model(self.folder / "none", byte_level(()), (), SMOLLM_2)
         self.assertIn("names no usable eos_token", self.prepare(model, {"text": "a"}, code=65))
         self.assertEqual(len(self.prepare(model, {"messages": TWO})), 1)
@@ -636,7 +648,8 @@ class AttributesTest(Samples):
         self.prepare(model, {"messages": TWO})
         with h5py.File(self.folder / "out.h5") as file:
             attributes = dict(file.attrs)
-        self.assertEqual(attributes["tokenizer_content"], "sha256:" + fingerprint(json.loads((model / "tokenizer.json").read_text())))
+        on_disk = json.loads((model / "tokenizer.json").read_text())
+        self.assertEqual(attributes["tokenizer_content"], "sha256:" + fingerprint(on_disk))
         AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(self.folder / "saved"))
         saved = json.loads((self.folder / "saved" / "tokenizer.json").read_text())
         self.assertEqual(attributes["tokenizer_loaded"], "sha256:" + fingerprint(saved))
