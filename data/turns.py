@@ -66,7 +66,7 @@ class Conversation:
 
     def answer(self, turn):
         """(start, end) of message number `turn` in the whole text."""
-        prompt = self.rendered(self.messages[:turn], True)
+        prompt = self.rendered(self.messages[:turn], True) if turn else None  # no model is asked without a message
         ended = self.whole if turn + 1 == len(self.messages) else self.rendered(self.messages[:turn + 1])
         if prompt is not None and ended is not None and self.whole.startswith(ended) and ended.startswith(prompt):
             start, end = len(prompt), len(ended)

@@ -236,6 +236,29 @@ class TemplateTest(Samples):
         self.assertEqual(self.targets(AutoTokenizer.from_pretrained(str(model)), sample), ["five<|eos|>"])
         self.assertIn("answers that are no targets: 1", self.output)
 
+    def test_templates_that_are_rewritten_in_other_ways(self):
+        header = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + CONTENT + '<|im_end|>\n' }}{% endfor %}"
+        asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        chat = header.replace("CONTENT", "m.content")
+        first = turns("Hi", "a", "b", first="assistant")
+        for name, template, messages, targets in (
+                ("a count of the messages", "{{ messages | length }}" + chat + asked, TWO, ["four<|im_end|>", "five<|im_end|>"]),
+                ("a prompt within the loop", chat.replace("{% endfor", "{% if loop.last and add_generation_prompt %}"
+                 "{{ '<|im_start|>assistant\n' }}{% endif %}{% endfor"), first, ["Hi<|im_end|>", "b<|im_end|>"]),
+                ("old answers left out", header.replace("CONTENT", "(m.content if loop.last or m.role == 'user' else '')") + asked,
+                 TWO, ["five<|im_end|>"]),
+                ("no generation prompt", chat, TWO, ["<|im_start|>assistant\nfour<|im_end|>",
+                                                     "<|im_start|>assistant\nfive<|im_end|>"]),
+                ("other letters", header.replace("CONTENT", "m.content | upper") + asked, TWO, None),
+                ("contents repeated", chat + "{% for m in messages %}{{ m.content }}{% endfor %}<|endoftext|>", TWO, None)):
+            with self.subTest(template=name):
+                model = chatml(self.folder / name, template)
+                result = self.prepare(model, {"messages": messages}, code=0 if targets else 65)
+                if targets:
+                    self.assertEqual(self.targets(AutoTokenizer.from_pretrained(str(model)), result[0]), targets)
+                else:
+                    self.assertIn("none of its answers can be told apart", result)
+
     def test_template_options(self):
         model = write_model(self.folder / "model", byte_level(CHATML), CHATML, QWEN_3, eos_token="<|im_end|>")
         tokenizer = AutoTokenizer.from_pretrained(str(model))
