@@ -11,8 +11,7 @@ function(corank_find_torch result)
     set(cache "${cache}/corank")
   endif()
   if(NOT CORANK_TORCH)
-    file(GLOB wheels "${cache}/venv/lib/python3*/site-packages/torch")
-    list(APPEND candidates ${wheels})
+    list(APPEND candidates "${cache}/torch/torch")
     execute_process(
       COMMAND python3 -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
       OUTPUT_VARIABLE python_torch ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)

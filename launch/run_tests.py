@@ -14,7 +14,7 @@ from count_tests import MethodCounts
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = os.environ["CORANK_PRESET"]
 BUILD = ROOT / "build" / PRESET
-PYTHON = Path(os.environ["CORANK_CACHE"]) / "venv" / "bin" / "python"
+PYTHON = Path(os.environ["CORANK_CACHE"]) / "tools" / "bin" / "python"
 
 
 class Count:
@@ -109,6 +109,7 @@ def main():
         ("commands", lambda: python_tests("tests/cli_test.py")),
         ("runs", lambda: python_tests("tests/cli_runs_test.py")),
         ("Python tools", lambda: python_tests("tests/data_tools_test.py")),
+        ("samples", lambda: python_tests("tests/samples_test.py")),
         ("CUDA build", cuda_build),
     ):
         start = time.monotonic()

@@ -5,11 +5,13 @@ import json
 import math
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unittest
 import zipfile
 from pathlib import Path
@@ -20,13 +22,15 @@ sys.path[:0] = [str(ROOT / "data"), str(ROOT / "launch")]
 from count_tests import MethodCounts, column_of, method_of
 from environment import require
 
-require("numpy", "h5py", "jinja2", "gguf", "tokenizers", "safetensors", "yaml")
+require("numpy", "h5py", "gguf", "tokenizers", "safetensors", "yaml", "transformers")
 
 import gguf
 import h5py
 import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401  imported once for all tests
 
 TEMPLATE = ("{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '<e>' + '\n' }}"
             "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
@@ -37,12 +41,42 @@ MERGES = [("\u010a", "\u010a"), ("2", "1")]
 
 
 def tool(name, *arguments, code=0, **environment):
-    """Runs a command of the project and checks how it ends. Returns (standard output, standard error)."""
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, **environment}, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode != code:
-        raise AssertionError(f"{name} ended with {done.returncode}, expected {code}: {done.stdout}{done.stderr}")
-    return done.stdout, done.stderr
+    """Runs a command of the project and checks how it ends. Returns (standard output, standard error). The process is a
+    copy of this one: it has already imported what takes long."""
+
+    def run_script():
+        os.environ.update(environment)
+        sys.argv = [str(ROOT / name), *map(str, arguments)]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as error:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            in_child(run_script, output, error)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [(file.seek(0), file.read().decode())[1] for file in (output, error)]
+    if ended != code:
+        raise AssertionError(f"{name} ended with {ended}, expected {code}: {''.join(texts)}")
+    return texts
+
+
+def in_child(work, output, error):
+    """Does the work and ends the process, a copy of the tests' own, as Python would end a script."""
+    code = 1
+    try:
+        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), output.fileno(), error.fileno())):
+            os.dup2(file, number)
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def write_model(folder, template=TEMPLATE, bos=False):
@@ -55,7 +89,7 @@ def write_model(folder, template=TEMPLATE, bos=False):
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "<e>"}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<e>"}
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -67,6 +101,12 @@ def byte_ids(text):
     """Ids of ASCII text, worked out without the tokenizer: one for each character or special token."""
     pieces = re.findall("<s>|<e>|.", text, re.DOTALL)
     return [VOCABULARY.index(piece.replace(" ", "\u0120").replace("\n", "\u010a")) for piece in pieces]
+
+
+def setUpModule():
+    """What transformers imports with the first tokenizer is there in all processes that are copies of this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        AutoTokenizer.from_pretrained(str(write_model(Path(folder) / "model")))
 
 
 class Scratch(unittest.TestCase):
@@ -206,7 +246,8 @@ class PrepareTest(Scratch):
 
     def test_bad_records_are_refused_with_their_line(self):
         good = b'{"text": "abc"}\n'
-        bad = {b'{"text": "abc", "id": 1}': "its keys are", b'{"text": ""}': "text is empty", b'{"text": 1}': "string",
+        bad = {b'{"id": 1}': "its keys are", b'{"text": "a", "messages": []}': "more than one kind",
+               b'{"text": ""}': "text is empty", b'{"text": 1}': "string",
                b'{"text": "a\\u0000"}': "zero character", b'{"text": "\\ud800"}': "surrogate",
                b'["a"]': "not a JSON object",
                b'{"text": "a\xff"}': "UTF-8", b'{"text": NaN}': "NaN", b'{"text": "a", "text": "b"}': "stands twice",
@@ -224,16 +265,19 @@ class PrepareTest(Scratch):
                 self.assertIn(reason, message)
                 self.assertFalse((self.folder / "out.h5").exists())
 
-    def test_prefix_that_is_not_one_is_refused(self):
-        chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]}
-        _, message = self.prepare([{"text": "abc"}, chat], code=65)
-        self.assertIn("line 2 (byte 16): the first 1 messages alone give other tokens", message)
+    def test_a_token_that_straddles_the_generation_prompt_is_no_target(self):
+        self.prepare([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]}])
+        tokens, mask = self.samples()[0]
+        ids = byte_ids("<s>user\na<e>\n<s>assistant")
+        self.assertEqual(tokens, [*ids, VOCABULARY.index("\u010a\u010a"), *byte_ids("\nb<e>\n")])
+        self.assertEqual(mask, [*[0] * (len(ids) + 1), 1, 1, 1, 0])
 
     def test_template_extras(self):
         template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
                     "{{ bos_token }}{{ strftime_now('%Y') }}{{ {'k': 'e'} | tojson }}"
                     "{% for m in messages %}{% if loop.index > 8 %}{% break %}{% endif %}{{ m.role + ':' }}"
-                    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}"
+                    "{% if m.role == 'user' %}{{ m.content + eos_token }}{% else %}"
+                    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
                     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
         model = write_model(self.folder / "extras", template=template)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -290,7 +334,7 @@ class TinyGguf:
         for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
             self.weights[f"{name}.weight"] = np.ones(self.width, dtype=np.float32)
         self.architecture, self.pre, self.model, self.add_bos = "llama", "smollm", "gpt2", False
-        self.extra, self.quantized = {}, {}
+        self.extra, self.quantized, self.template = {}, {}, TEMPLATE
 
     def write(self, path):
         writer = gguf.GGUFWriter(path, self.architecture)
@@ -303,7 +347,7 @@ class TinyGguf:
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_rope_freq_base(1e4)
         for key, value in self.extra.items():
-            writer.add_uint32(key, value)
+            (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
         self.write_tokenizer(writer)
         for name, weight in self.weights.items():
             kind = self.quantized.get(name)
@@ -323,8 +367,9 @@ class TinyGguf:
         writer.add_token_merges([" ".join(merge) for merge in MERGES])
         writer.add_bos_token_id(START)
         writer.add_eos_token_id(END)
-        writer.add_add_bos_token(self.add_bos)
-        writer.add_chat_template(TEMPLATE)
+        if self.add_bos is not None:
+            writer.add_add_bos_token(self.add_bos)
+        writer.add_chat_template(self.template)
 
 
 def llama_cpp_permute(weight, heads):
@@ -424,6 +469,52 @@ class ImportTest(Scratch):
         self.tiny.add_bos = True
         tokenizer = Tokenizer.from_file(str(self.load() / "tokenizer.json"))
         self.assertEqual(tokenizer.encode("ab").ids, byte_ids("<s>ab"))
+
+    def test_start_token_as_llama_cpp_gives_it_where_the_file_says_nothing(self):
+        self.tiny.add_bos = None
+        for pre, start in (("llama-bpe", "<s>"), ("smollm", ""), ("gpt-2", "")):
+            with self.subTest(pre=pre):
+                self.tiny.pre = pre
+                folder = self.load()
+                tokenizer = AutoTokenizer.from_pretrained(str(folder))
+                self.assertEqual(tokenizer("ab 1<e>")["input_ids"], byte_ids(f"{start}ab 1<e>"))
+                chat = [{"role": "user", "content": "hi"}]
+                self.assertEqual(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"],
+                                 byte_ids("<s>user\nhi<e>\n<s>assistant\n"))
+                folder.rename(self.folder / pre)
+
+    def test_lengths_beyond_the_file(self):
+        kinds = gguf.GGUFValueType
+
+        def text(value):
+            return struct.pack("<Q", len(value)) + value
+
+        def header(fields, content=b"", tensors=0):
+            return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + content
+
+        array = text(b"k") + struct.pack("<II", kinds.ARRAY, kinds.UINT8)
+        for reason, content in {"claim 8,589,934,592 elements": header(1, array + struct.pack("<Q", 1 << 33)),
+                                "a length of 4,000,000 bytes": header(1, array + struct.pack("<Q", 4_000_000)),
+                                "or hold arrays": header(1, text(b"k") + struct.pack("<IIQ", kinds.ARRAY, kinds.ARRAY, 1)),
+                                "bytes is beyond its end": header(1, struct.pack("<Q", 1 << 62)),
+                                "claims 1,152,921,504,606,846,976 fields": header(1 << 60),
+                                "is not a valid GGUFValueType": header(1, text(b"k") + struct.pack("<I", 99))}.items():
+            with self.subTest(reason=reason):
+                source = self.folder / "claims.gguf"
+                source.write_bytes(content + bytes(64))
+                self.assertIn(reason, self.load(source=source, code=65))
+
+    def test_fields_that_no_model_has(self):
+        for name, value in (("llama.vocab_size", "x"), ("llama.attention.key_length", 0), ("llama.attention.key_length", "a"),
+                            ("llama.rope.dimension_count", "b"), ("tokenizer.ggml.unknown_token_id", 1 << 31),
+                            ("tokenizer.ggml.unknown_token_id", "u"), ("llama.rope.scaling.type", "linear"),
+                            ("tokenizer.ggml.padding_token_id", "\x1b[31m" * 100000)):
+            with self.subTest(name=name, value=str(value)[:10]):
+                self.tiny = TinyGguf()
+                self.tiny.extra = {name: value}
+                message = self.load(code=65)
+                self.assertLess(len(message), 2500)
+                self.assertNotIn("\x1b", message)
 
     def test_llama3_frequencies(self):
         factors = []
@@ -576,6 +667,28 @@ class ChatTest(Scratch):
                                      "--serve", "--max-new-tokens", "5"])
         self.assertEqual(requests, [{"prompt": byte_ids(prompt), "adapter": "default", "stop_tokens": byte_ids("<e>")}])
 
+    def test_answers_end_at_every_token_that_the_configurations_name(self):
+        model = self.folder / "model"
+        for generation, config, stops in ((None, [5, 7], [END, 5, 7]), ({"eos_token_id": 6}, 5, [END, 6]),
+                                          ({"eos_token_id": [6, 8]}, None, [END, 6, 8]), ({"eos_token_id": None}, 5, [END, 5]),
+                                          ({}, [5], [END, 5]), ({}, None, [END]), ({"eos_token_id": 0}, 5, [0, END])):
+            (model / "config.json").write_text(json.dumps({"vocab_size": 300, "eos_token_id": config}))
+            (model / "generation_config.json").unlink(missing_ok=True)
+            if generation is not None:
+                (model / "generation_config.json").write_text(json.dumps(generation))
+            output, _ = self.chat("--prompt", "hi", tokens=[*byte_ids("yes"), stops[-1], *byte_ids("more")])
+            self.assertEqual((output, self.log()[1][0]["stop_tokens"]), ("yes\n", stops))
+        for outside in (300, -1, "1", True, [1, None], 10**30):
+            (model / "generation_config.json").write_text(json.dumps({"eos_token_id": outside}))
+            self.assertIn("eos_token_id holds", self.chat("--prompt", "hi", code=65)[1])
+
+    def test_a_model_without_an_end_of_sequence_token(self):
+        path = self.folder / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}))
+        (self.folder / "model" / "generation_config.json").write_text('{"eos_token_id": 5}')
+        self.chat("--prompt", "hi", tokens=byte_ids("yes"))
+        self.assertEqual(self.log()[1][0]["stop_tokens"], [5])
+
     def test_a_prompt_that_is_no_text_is_refused(self):
         _, error = self.chat("--prompt", os.fsdecode(b"\xff\xfe"), code=64)
         self.assertIn("UTF-8", error)
@@ -631,6 +744,9 @@ class ChatTest(Scratch):
         self.chat("model.path=nowhere", "--prompt", "hi", code=66)
         self.run_file.write_text("model: {shape: llama-3-8b}\n")
         self.assertIn("model.path is missing", self.chat("--prompt", "hi", code=64)[1])
+        for content in (b"model: {path: 2001-99-99}", b"[" * 5000, b"\xff", b"a: 1\n b: 2"):
+            self.run_file.write_bytes(content)
+            self.assertIn("is not YAML", self.chat("--prompt", "hi", code=64)[1])
         self.run_file.unlink()
         self.chat("--prompt", "hi", code=66)
         tool("launch/chat", self.run_file, "model.path=" + str(self.folder / "model"), "--prompt", "hi", code=66,
@@ -645,10 +761,17 @@ class EnvironmentTest(Scratch):
         return tool(script, "a b", code=code, CORANK_CACHE=str(self.folder))
 
     def test_without_the_prepared_python(self):
-        self.assertIn("no_such_module_here. Run launch/setup.", self.run_script(66)[1])
+        self.assertIn("not found, or too old: no_such_module_here. Run launch/setup.", self.run_script(66)[1])
+
+    def test_a_library_that_is_too_old(self):
+        (self.folder / "transformers.py").write_text("__version__ = '4.57.1'\n")
+        script = self.folder / "script"
+        script.write_text(f"import sys\nsys.modules.pop('transformers')\nsys.path[:0] = [{str(self.folder)!r}, "
+                          f"{str(ROOT / 'data')!r}]\nfrom environment import require\nrequire('transformers')\n")
+        self.assertIn("too old: transformers", tool(script, code=66, CORANK_CACHE=str(self.folder))[1])
 
     def test_with_the_prepared_python(self):
-        python = self.folder / "venv" / "bin" / "python"
+        python = self.folder / "tools" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text('#!/bin/sh\necho "prepared $2"\n')
         python.chmod(0o700)
