@@ -82,14 +82,19 @@ def serve(pipe, other_end, marks, variables, now):
 def limit_memory():
     with open("/proc/self/statm") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_BYTES, resource.RLIM_INFINITY))
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, held + MEMORY_BYTES)
 
 
 def limit_time():
     used = resource.getrusage(resource.RUSAGE_SELF)
-    end = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
+    limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS)
+
+
+def limit(kind, amount):
+    """Within what the system allows this process already."""
+    highest = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (amount if highest == resource.RLIM_INFINITY else min(amount, highest), highest))
 
 
 def answer_to(job, marks, variables):

@@ -688,6 +688,9 @@ class ChatTest(Scratch):
         (self.folder / "model" / "generation_config.json").write_text('{"eos_token_id": 5}')
         self.chat("--prompt", "hi", tokens=byte_ids("yes"))
         self.assertEqual(self.log()[1][0]["stop_tokens"], [5])
+        (self.folder / "model" / "generation_config.json").unlink()
+        self.assertIn("nothing but --max-new-tokens ends an answer", self.chat("--prompt", "hi", tokens=byte_ids("yes"))[1])
+        self.assertEqual(self.log()[1][0]["stop_tokens"], [])
 
     def test_a_prompt_that_is_no_text_is_refused(self):
         _, error = self.chat("--prompt", os.fsdecode(b"\xff\xfe"), code=64)
