@@ -8,7 +8,8 @@ A record is one of
   text                              all of it is learnt
 Beside messages, tools (a list, or the same as JSON text) and chat_template_kwargs (an object) go to the chat template,
 as every key of a message does; an answer of weight 0 is not learnt. All other columns are left out, and named at the
-end. A record of two kinds is refused; a column that is null counts as absent."""
+end, text too where it stands beside another kind, of which it is a rendering. Any other record of two kinds is refused.
+A column that is null counts as absent."""
 
 import json
 import re
@@ -88,6 +89,8 @@ def parse(raw):
         raise BadRecord("not a JSON object")
     columns = {key: value for key, value in columns.items() if value is not None}
     kinds = [kind for kind in KINDS if all(key in columns for key in kind)]
+    if len(kinds) == 2 and kinds[1] == ("text",):
+        kinds.pop()
     if len(kinds) != 1:
         problem = "it is of more than one kind" if kinds else "it is of no known kind"
         raise BadRecord(f"{problem}: its keys are {shown(', '.join(columns))}; known records are {KNOWN}")

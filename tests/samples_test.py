@@ -347,7 +347,7 @@ class RecordTest(Samples):
                   {"messages": [{**message, "name": "Ann"} for message in messages]},
                   {"messages": [{**m, "content": [{"type": "text", "text": m["content"][:2]},
                                                   {"type": "text", "text": m["content"][2:]}]} for m in messages]},
-                  {"conversations": messages, "text": None},
+                  {"conversations": messages, "text": None}, {"text": "a rendering", "messages": messages},
                   {"conversations": [{"from": speakers[m["role"]], "value": m["content"]} for m in messages]})
         for left_out in ("id (1)", "source (1)", "score (1)", "name of messages (1)"):
             if left_out != "source (1)":  # null is absent
@@ -391,7 +391,7 @@ class RecordTest(Samples):
             return {"messages": [turn, {"role": "assistant", "content": "b", **message}]}
 
         for record, reason in (
-                ({"messages": TWO, "text": "a"}, "more than one kind"), ({"question": "a", "answer": "b"}, "no known kind"),
+                ({"messages": TWO, "conversations": TWO}, "more than one kind"), ({"question": "a", "answer": "b"}, "no known kind"),
                 ({"instruction": "a", "response": "b"}, "known records are"),
                 ({"prompt": "a", "response": "b"}, "known records are"),
                 ({"messages": {"role": "user"}}, "not a list of objects"), ({"messages": [[turn]]}, "not a list of objects"),
