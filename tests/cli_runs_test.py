@@ -347,7 +347,7 @@ class Folders(Case):
         text = self.succeed(self.again())
         self.assertIn("checkpoint-3 after step 3", text)
         self.assertIn("passed over", text)
-        self.assertTrue((self.out / "checkpoint-4.set-aside-1").is_dir())
+        self.assertTrue((self.out / "set-aside/checkpoint-4").is_dir())
 
     def test_a_renamed_checkpoint(self):
         self.succeed(self.again())
@@ -375,10 +375,10 @@ class Folders(Case):
         self.succeed(self.again())
         for name in ("metrics.jsonl.5-0.tmp", "checkpoint-3/adapter.h5.7-1.tmp", "adapter/adapter_config.json.5-0.tmp"):
             (self.out / name).write_text("half")
-        shutil.copytree(self.out / "checkpoint-2", self.out / "checkpoint-1.pruned")
+        shutil.copytree(self.out / "checkpoint-2", self.out / "pruned-checkpoint-1")
         (self.out / "mine.tmp").touch()
         self.succeed(self.again())
-        self.assertEqual(sorted(p.name for p in self.out.rglob("*.tmp")) + sorted(p.name for p in self.out.glob("*.pruned")), ["mine.tmp"])
+        self.assertEqual(sorted(p.name for p in self.out.rglob("*.tmp")) + sorted(p.name for p in self.out.glob("pruned-*")), ["mine.tmp"])
         self.assertEqual(sorted(p.name for p in self.out.glob("checkpoint-*")), ["checkpoint-2", "checkpoint-3", "checkpoint-4"])
 
 
