@@ -68,21 +68,17 @@ std::vector<NamedAdapter> named_adapters(const std::vector<std::string>& options
   return adapters;
 }
 
-/// The ids of `vocab_size` at which the model's makers end an answer: those of generation_config.json, else of
-/// config.json.
-std::vector<int64_t> end_tokens(const std::string& folder, int64_t vocab_size) {
-  std::vector<int64_t> ids;
+/// The ids at which the model's makers end an answer: those of generation_config.json, else of config.json.
+std::vector<int64_t> end_tokens(const std::string& folder) {
   for (const char* name : {"generation_config.json", "config.json"}) {
     const std::string path = folder + "/" + name;
     if (!std::filesystem::exists(path)) continue;
     const JsonObject file(read_file(path, kMaxConfigBytes), path);
     if (!file.has(kEnd)) continue;
-    const bool several = file.value(kEnd).is_array();
-    ids = several ? file.get<std::vector<int64_t>>(kEnd) : std::vector<int64_t>{file.get<int64_t>(kEnd)};
-    break;
+    return file.value(kEnd).is_array() ? file.get<std::vector<int64_t>>(kEnd)
+                                       : std::vector<int64_t>{file.get<int64_t>(kEnd)};
   }
-  std::erase_if(ids, [&](int64_t id) { return id < 0 || id >= vocab_size; });  // never generated
-  return ids;
+  return {};
 }
 
 /// A line of JSON as a request; what it leaves out is as the command line says.
@@ -191,12 +187,14 @@ int run_generate(const Arguments& a, const World& world) {
   }
   run.model.max_positions =
       a.serve ? a.max_positions : static_cast<int64_t>(a.prompt.size()) + a.options.max_new_tokens;
+  const bool own_ends = a.options.stop_tokens.empty() && !a.ignore_eos && !run.model.path.empty();
+  const std::vector<int64_t> ends = own_ends ? end_tokens(run.model.path) : std::vector<int64_t>();
   Inference inference(run, named_adapters(a.adapters), a.merge, world);
   const std::vector<std::string> names = inference.adapters().names();
   const std::string first = names.empty() ? AdapterSet::kBase : names.front();
   Request request{a.prompt, a.use.empty() ? first : a.use, a.options};
-  if (a.options.stop_tokens.empty() && !a.ignore_eos && !run.model.path.empty()) {
-    request.options.stop_tokens = end_tokens(run.model.path, inference.model().vocab_size());
+  for (const int64_t id : ends) {
+    if (id >= 0 && id < inference.model().vocab_size()) request.options.stop_tokens.push_back(id);
   }
   inference.adapters().use(request.adapter);
   if (a.serve) {

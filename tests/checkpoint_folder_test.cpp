@@ -39,9 +39,11 @@ class CheckpointFolder : public testing::Test {
     write_file_atomically(place + "/manifest.json", manifest_json(manifest, "a model", {{"torch", "2"}}));
   }
 
-  std::set<std::string> names() const {
+  std::set<std::string> names(const std::string& within = "") const {
     std::set<std::string> names;
-    for (const auto& entry : fs::directory_iterator(folder_.path())) names.insert(entry.path().filename().string());
+    for (const auto& entry : fs::directory_iterator(folder_.path(within))) {
+      names.insert(entry.path().filename().string());
+    }
     return names;
   }
   std::string newest(const std::string& identity = "mine") {
@@ -165,12 +167,11 @@ TEST_F(CheckpointFolder, PruningCountsWholeCheckpointsOfThisRunAlone) {
   fs::remove(path(7) + "/manifest.json");
   std::ofstream(path(8) + "/state.h5") << "cut";
   fs::create_directory(folder_.path("checkpoint-010"));
-  fs::create_directory(folder_.path("checkpoint-11.set-aside-1"));
+  fs::create_directory(folder_.path("set-aside"));
   prune_checkpoints(folder_.path(), "mine",
                     {2, folder_.path() + "/../" + fs::path(folder_.path()).filename().string() + "/checkpoint-2/"}, 6);
-  EXPECT_EQ(names(),
-            (std::set<std::string>{"checkpoint-2", "checkpoint-5", "checkpoint-6", "checkpoint-7", "checkpoint-8",
-                                   "checkpoint-9", "checkpoint-010", "checkpoint-11.set-aside-1"}));
+  EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-2", "checkpoint-5", "checkpoint-6", "checkpoint-7",
+                                            "checkpoint-8", "checkpoint-9", "checkpoint-010", "set-aside"}));
 }
 
 TEST_F(CheckpointFolder, WhatWasJustWrittenStaysWhateverElseIsThere) {
@@ -195,18 +196,17 @@ TEST_F(CheckpointFolder, WhatLiesAheadIsSetAsideByName) {
   fs::remove(path(40) + "/manifest.json");
   const std::vector<std::string> lines = set_aside_beyond(folder_.path(), 10);
   ASSERT_EQ(lines.size(), 2u);
-  EXPECT_NE(lines[0].find(path(30) + " lies ahead of step 10: set aside as " + path(30) + ".set-aside-1"),
-            std::string::npos)
-      << lines[0];
-  EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-10", "checkpoint-20.set-aside-1", "checkpoint-30.set-aside-1",
-                                            "checkpoint-40"}));
+  const std::string aside = folder_.path("set-aside/checkpoint-");
+  EXPECT_EQ(lines[0], path(30) + " lies ahead of step 10: set aside as " + aside + "30");
+  EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-10", "checkpoint-40", "set-aside"}));
   make(20);  // reached again
   set_aside_beyond(folder_.path(), 0);
-  EXPECT_EQ(names(),
-            (std::set<std::string>{"checkpoint-10.set-aside-1", "checkpoint-20.set-aside-1",
-                                   "checkpoint-20.set-aside-2", "checkpoint-30.set-aside-1", "checkpoint-40"}));
+  EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-40", "set-aside"}));
+  EXPECT_EQ(names("set-aside"),
+            (std::set<std::string>{"checkpoint-10", "checkpoint-20", "checkpoint-20.2", "checkpoint-30"}));
   EXPECT_EQ(newest(), "");
-  require_checkpoint(path(20) + ".set-aside-1", "mine");
+  require_checkpoint(aside + "20", "mine");
+  require_checkpoint(aside + "20.2", "mine");
 }
 
 TEST_F(CheckpointFolder, TheSameStepIsWrittenAgain) {
@@ -216,14 +216,14 @@ TEST_F(CheckpointFolder, TheSameStepIsWrittenAgain) {
   EXPECT_EQ(names(), std::set<std::string>{});
   make(5);
   free_checkpoint_path(folder_.path(), 5);
-  EXPECT_EQ(names(), std::set<std::string>{"checkpoint-5.set-aside-1"});
+  EXPECT_EQ(names("set-aside"), std::set<std::string>{"checkpoint-5"});
 }
 
 TEST_F(CheckpointFolder, LeftoversOfInterruptedWritesAreRemoved) {
   make(5);
-  for (const char* folder : {"adapter", "mine", "checkpoint-3.pruned"}) fs::create_directory(folder_.path(folder));
+  for (const char* folder : {"adapter", "mine", "pruned-checkpoint-3"}) fs::create_directory(folder_.path(folder));
   for (const char* file : {"run.yaml.17-0.tmp", "adapter/adapter_config.json.17-0.tmp", "checkpoint-5/state.h5.1-2.tmp",
-                           "checkpoint-3.pruned/state.h5", "mine/notes.17-0.tmp", "notes.tmp"}) {
+                           "pruned-checkpoint-3/state.h5", "mine/notes.17-0.tmp", "notes.tmp"}) {
     std::ofstream(folder_.path(file)) << "left";
   }
   remove_leftovers(folder_.path());

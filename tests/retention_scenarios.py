@@ -20,11 +20,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "
 class Run:
     """One output_dir, and one start after the other of the run that belongs to it."""
 
-    def __init__(self, folder, unit, ranks=1):
+    def __init__(self, folder, unit, *settings, ranks=1):
         self.out, self.unit = Path(folder) / "out", unit
         launcher = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)] if ranks > 1 else []
         self.command = [*launcher, os.environ["CORANK_BIN"], "train", "configs/tiny.yaml", f"output_dir={self.out}", "eval_steps=0",
-                        f"train.max_steps={3 * unit}", f"save_steps={unit}"]
+                        f"train.max_steps={3 * unit}", f"save_steps={unit}", *settings]
 
     def start(self, *settings):
         return subprocess.Popen([*self.command, *settings], cwd=ROOT, env=ENVIRONMENT, text=True, start_new_session=True,
@@ -40,7 +40,7 @@ class Run:
     def kill_while_saving(self, step, *settings):
         """SIGKILL while checkpoint-<step> is written: its manifest is not there yet. Tried until the kill comes in time."""
         before = self.out.with_name("before")
-        shutil.copytree(self.out, before) if self.out.exists() else before.mkdir()
+        shutil.copytree(self.out, before) if self.out.exists() else before.mkdir(parents=True)
         for _ in range(20):
             self.kill_at(self.out / f"checkpoint-{step}", *settings)
             if (self.out / f"checkpoint-{step}").exists() and step not in self.whole():
@@ -79,11 +79,10 @@ class Run:
 
     def whole(self):
         """Steps of the checkpoints that have a manifest."""
-        return sorted(int(path.parent.name.split("-")[1]) for path in self.out.glob("checkpoint-*/manifest.json")
-                      if path.parent.name.split("-")[1].isdigit())
+        return sorted(int(path.parent.name.split("-")[1]) for path in self.out.glob("checkpoint-*/manifest.json"))
 
     def set_aside(self):
-        return sorted(path.name for path in self.out.glob("checkpoint-*.set-aside-*"))
+        return sorted(path.name for path in self.out.glob("set-aside/*"))
 
     def resumes_after(self, *settings):
         """The step after which the next start goes on, 0 from the beginning."""
@@ -122,7 +121,7 @@ def never_over_a_finished_run(run):
     old = run.whole()
     run.kill_while_saving(2 * unit, "resume=never")
     expect("of the new run", run.whole(), [unit])
-    expect("of the old run", run.set_aside(), [f"checkpoint-{step}.set-aside-1" for step in old])
+    expect("of the old run", run.set_aside(), sorted(f"checkpoint-{step}" for step in old))
     expect("the plain restart goes on after", run.resumes_after(), unit)
     return f"{3 * unit} steps done, begun again, killed while saving {2 * unit}, went on after {unit}; set aside {run.set_aside()}"
 
@@ -135,7 +134,7 @@ def resumed_from_one_inside(run):
     printed = run.finish(named, "save_total_limit=1")
     assert f"after step {unit}" in printed, printed
     expect("kept", run.whole(), [unit, 3 * unit])
-    expect("set aside", run.set_aside(), [f"checkpoint-{step * unit}.set-aside-1" for step in (2, 3)])
+    expect("set aside", run.set_aside(), sorted(f"checkpoint-{step * unit}" for step in (2, 3)))
     return f"went on from checkpoint-{unit} by name: kept {run.whole()}, set aside {run.set_aside()}"
 
 
@@ -158,7 +157,7 @@ def never_twice(run):
     for _ in range(3):
         run.finish("resume=never", "save_total_limit=1")
     expect("kept", run.whole(), [3 * unit])
-    expect("set aside", run.set_aside(), [f"checkpoint-{3 * unit}.set-aside-{n}" for n in (1, 2)])
+    expect("set aside", run.set_aside(), [f"checkpoint-{3 * unit}{n}" for n in ("", ".2")])
     return f"begun again twice: kept {run.whole()}, set aside {run.set_aside()}"
 
 

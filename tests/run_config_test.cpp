@@ -16,10 +16,12 @@ Overrides operator+(Overrides a, const Overrides& b) {
 /// own paths are relative to where tests are not started.
 std::string complaint(const Overrides& overrides,
                       const Overrides& data = {"data.train=" + repository("configs/tiny/train.h5"),
-                                               "data.eval=" + repository("configs/tiny/eval.h5")}) {
+                                               "data.eval=" + repository("configs/tiny/eval.h5"),
+                                               "output_dir=" + testing::TempDir() + "corank_never_made"},
+                      CheckedInputs (*check)(const RunConfig&, int) = check_training) {
   try {
     const RunConfig run = read_run(repository("configs/tiny.yaml"), overrides + data);
-    check_inputs(run, static_cast<int>(run.parallel.tensor));
+    check(run, static_cast<int>(run.parallel.tensor));
   } catch (const Error& e) {
     return e.what();
   }
@@ -38,6 +40,7 @@ TEST(Refusals, MethodsAndKeysThatDoNotBelongTogether) {
       {{"model.quantization=int8", "model.double_quant=true"}, {"model.double_quant", "int8"}},
       {{"model.double_quant=false"}, {"model.double_quant", "nf4"}},
       {{"model.quantization=nf5"}, {"model.quantization", "nf4"}},
+      {{"adapter.method=pissa", "adapter.pissa_iterations=2"}, {"adapter.pissa_iterations", "quantization is none"}},
       {{"adapter.method=dorra"}, {"adapter.method", "dora"}},
       {{"adapter.method=adalora", "adapter.use_rslora=true"}, {"adapter.use_rslora", "lora, dora, pissa", "adalora"}},
       {{"adapter.method=adalora", "adapter.rank_pattern={q_proj: 4}"}, {"adapter.rank_pattern", "adalora"}},
@@ -90,7 +93,7 @@ TEST(Refusals, WhatAQuantisedFolderCannotGive) {
                             {{"adapter.method=lora"}, {"model.quantization: none", "Write model.quantization: nf4"}},
                             {{"adapter.method=full"}, {"model.quantization: none", "nf4"}},
                             {{"model.quantization=int8"}, {"model.quantization: int8", "nf4"}}}) {
-    const std::string said = complaint(overrides + nf4, no_data);
+    const std::string said = complaint(overrides + nf4, no_data, check_bench);
     for (const std::string& word : words) EXPECT_NE(said.find(word), std::string::npos) << overrides[0] << ": " << said;
   }
 }

@@ -20,7 +20,8 @@ using nlohmann::json;
 constexpr const char* kFormat = "corank-checkpoint";
 constexpr int64_t kVersion = 1;
 constexpr const char* kPrefix = "checkpoint-";
-constexpr const char* kPruned = ".pruned";  // on its way out, in a name that is no checkpoint's
+constexpr const char* kPruned = "pruned-";  // on its way out, under a name that is no checkpoint's
+constexpr const char* kSetAside = "set-aside";
 constexpr int64_t kMaxManifestBytes = int64_t{1} << 20;
 
 std::string path_of(const std::string& folder, int64_t step) { return fmt::format("{}/{}{}", folder, kPrefix, step); }
@@ -129,13 +130,13 @@ bool counts(const std::string& path, const std::string& identity) {
                      [&](const Manifest::File& file) { return has_size(path + "/" + file.name, file.bytes); });
 }
 
-/// Gives `path` a name that no checkpoint has, and returns it.
-std::string set_aside(const std::string& path) {
-  std::string aside;
-  for (int n = 1; aside.empty() || fs::exists(fs::symlink_status(aside)); ++n) {
-    aside = fmt::format("{}.set-aside-{}", path, n);
-  }
-  fs::rename(path, aside);
+/// Moves the checkpoint of `step` to where none is looked for, and returns the place.
+std::string set_aside(const std::string& folder, int64_t step) {
+  const std::string place = fmt::format("{}/{}", folder, kSetAside);
+  make_folders(place);
+  std::string aside = path_of(place, step);
+  for (int n = 2; fs::exists(fs::symlink_status(aside)); ++n) aside = fmt::format("{}.{}", path_of(place, step), n);
+  fs::rename(path_of(folder, step), aside);
   return aside;
 }
 
@@ -201,7 +202,7 @@ void require_checkpoint(const std::string& path, const std::string& identity) {
 std::string free_checkpoint_path(const std::string& folder, int64_t step) {
   const std::string path = path_of(folder, step);
   if (has_manifest(path)) {
-    set_aside(path);
+    set_aside(folder, step);
   } else {
     fs::remove_all(path);
   }
@@ -213,7 +214,7 @@ std::vector<std::string> set_aside_beyond(const std::string& folder, int64_t ste
   for (const int64_t other : checkpoint_steps(folder)) {
     const std::string path = path_of(folder, other);
     if (other <= step || !has_manifest(path)) continue;
-    lines.push_back(fmt::format("{} lies ahead of step {}: set aside as {}", path, step, set_aside(path)));
+    lines.push_back(fmt::format("{} lies ahead of step {}: set aside as {}", path, step, set_aside(folder, other)));
   }
   return lines;
 }
@@ -226,9 +227,10 @@ void prune_checkpoints(const std::string& folder, const std::string& identity, c
     const std::string path = path_of(folder, step);
     if (fs::weakly_canonical(path) == also || !counts(path, identity)) continue;
     if (++kept <= retention.limit || step == just_written) continue;
-    fs::remove_all(path + kPruned);
-    fs::rename(path, path + kPruned);
-    fs::remove_all(path + kPruned);
+    const std::string leaving = fmt::format("{}/{}{}{}", folder, kPruned, kPrefix, step);
+    fs::remove_all(leaving);
+    fs::rename(path, leaving);
+    fs::remove_all(leaving);
   }
 }
 
@@ -237,7 +239,7 @@ void remove_leftovers(const std::string& folder) {
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
     if (!fs::is_directory(entry.symlink_status())) continue;
-    if (name.starts_with(kPrefix) && name.ends_with(kPruned)) {
+    if (name.starts_with(kPruned) && step_in_name(name.substr(std::string(kPruned).size()))) {
       fs::remove_all(entry.path());
     } else if (name == "adapter" || name == "model" || step_in_name(name)) {
       remove_temporaries(entry.path().string());

@@ -41,9 +41,9 @@ void require_checkpoint(const std::string& path, const std::string& identity);
 /// set aside instead.
 std::string free_checkpoint_path(const std::string& folder, int64_t step);
 
-/// Renames the checkpoints of `folder` beyond `step`, whole or damaged, to checkpoint-<step>.set-aside-<n>: the run
-/// goes on below them, so they would be taken for its own. One line for each. Folders without a manifest stay for the
-/// save that replaces them.
+/// Moves the checkpoints of `folder` beyond `step`, whole or damaged, into its folder set-aside, as
+/// checkpoint-<step>.<n> where that name is taken: the run goes on below them, so they would be taken for its own. One
+/// line for each. Folders without a manifest stay for the save that replaces them.
 std::vector<std::string> set_aside_beyond(const std::string& folder, int64_t step);
 
 /// Which checkpoints stay.

@@ -63,7 +63,8 @@ void Trainer::evaluate_into(StepRecord& record) const {
     record.eval_loss = eval.loss;
     record.eval_accuracy = eval.token_accuracy;
   } catch (const InputError& e) {
-    throw InputError(fmt::format("evaluation after step {}: {}", record.step, e.what()));
+    throw InputError(fmt::format("evaluation after step {}: {} To train on without evaluation, set eval_steps: 0.",
+                                 record.step, e.what()));
   }
 }
 
