@@ -16,6 +16,7 @@ int64_t derived_size(const ConfigFile& file, const FamilyDefaults& defaults, con
 
 double get_norm_eps(const ConfigFile& file, const char* key, double default_value) {
   const auto eps = file.get<double>(key, default_value);
+  if (file.value(key).is_number_integer()) file.fail(fmt::format("{} is {}, not a number with a fraction", key, eps));
   if (!(eps >= 0)) file.fail(fmt::format("{} is {} and must not be negative", key, eps));
   return eps;
 }
@@ -47,6 +48,7 @@ DecoderConfig llama_like_config(const ConfigFile& file, const FamilyDefaults& de
 }
 
 DecoderConfig llama_config(const ConfigFile& file) {
+  file.ignore({"use_sliding_window", "max_window_layers"});
   DecoderConfig c = llama_like_config(file, {.vocab_size = 32000,
                                              .hidden_size = 4096,
                                              .intermediate_size = 11008,

@@ -21,7 +21,8 @@ std::vector<int64_t> qwen_windows(const ConfigFile& file, int64_t num_layers) {
   if (file.get<bool>("use_sliding_window", false)) {
     return layer_windows(file, num_layers, sliding_window(file, 4096), file.get<int64_t>("max_window_layers", 28));
   }
-  file.ignore({"sliding_window", "max_window_layers"});
+  file.get_optional<int64_t>("sliding_window");  // not in use, but of the right types
+  file.get<int64_t>("max_window_layers", 0);
   return layer_windows(file, num_layers, std::nullopt);
 }
 

@@ -15,11 +15,9 @@ struct Source {
   int64_t max_positions;     ///< max_position_embeddings
 };
 
-/// What Python takes for false: transformers then has no rope_scaling.
+/// transformers then has no rope_scaling.
 bool says_nothing(const ordered_json& value) {
-  if (value.is_number()) return value.get<double>() == 0;
-  if (value.is_string()) return value.get<std::string>().empty();
-  return value.is_null() || value == false || (value.is_structured() && value.empty());
+  return value.is_null() || value == false || (value.is_object() && value.empty());
 }
 
 /// rope_scaling counts before rope_parameters, as a whole.
