@@ -21,7 +21,7 @@ ROPED = ["llama", "families/qwen2", "families/mistral"]
 NEW = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
 LINEAR = {"type": "linear", "factor": 4.0}
 LENGTH = "original_max_position_embeddings"
 
@@ -54,14 +54,14 @@ ACCEPTED = [
         scaled(LLAMA3), scaled(without(LLAMA3, LENGTH)), scaled(LLAMA3, **{LENGTH: 16}),
         scaled(without(LLAMA3, LENGTH), **{LENGTH: 16}), scaled({**LLAMA3, "low_freq_factor": 4.0}),
         {"rope_parameters": LLAMA3, "rope_theta": 100.0},
-        *[scaled({**YARN, **more}) for more in [
+        *[scaled({**YARN, **more}, 10.0) for more in [
             {}, {"attention_factor": 1.5}, {"attention_factor": None}, {"mscale": 0.7},
             {"mscale": 0.7, "mscale_all_dim": 1.3}, {"mscale": 0, "mscale_all_dim": 1.3}, {"beta_fast": 2},
             {"beta_fast": None, "beta_slow": 0}, {"beta_slow": 0.5}, {"truncate": False}, {"truncate": None},
             {"beta_fast": 1, "beta_slow": 1}, {"beta_fast": 1, "beta_slow": 4}, {"factor": None},
             {"factor": 0.5}, {"finetuned": True}]],
-        scaled(without(YARN, LENGTH)), scaled(YARN, **{LENGTH: 32}),
-        {"rope_parameters": {**YARN, "rope_theta": 100.0}},
+        scaled(without(YARN, LENGTH), 10.0), scaled(YARN, 10.0, **{LENGTH: 32}),
+        {"rope_parameters": {**YARN, "rope_theta": 10.0}},
         {"hidden_act": "swish"}, {"rms_norm_eps": 0.01}, {"pretraining_tp": 2}, {"rope_interleaved": True},
         {"layer_types": None}, {"architectures": None}, {"use_cache": False, "temperature": 0.5},
         {"tie_word_embeddings": True}]],
