@@ -12,6 +12,7 @@
 #include "configs/error.h"
 #include "data/file.h"
 #include "data/json_object.h"
+#include "data/strict_json.h"
 #include "data/weight_file.h"
 #include "trainer/adapter/lora_factors.h"
 #include "trainer/adapter/merged.h"
@@ -159,8 +160,13 @@ class MergedModel {
   std::set<std::string> adapted_;
 };
 
-std::string merged_index(const std::map<std::string, std::string>& file_of, int64_t bytes) {
-  const ordered_json index{{"metadata", {{"total_size", bytes}}}, {"weight_map", file_of}};
+/// The index of the base with the merged model's tensors.
+std::string merged_index(const std::string& base_index, const std::map<std::string, std::string>& file_of,
+                         int64_t bytes) {
+  nlohmann::json index = parse_json(read_file(base_index), base_index);
+  if (!index["metadata"].is_object()) index["metadata"] = nlohmann::json::object();
+  index["metadata"]["total_size"] = bytes;
+  index["weight_map"] = file_of;
   return index.dump(2) + "\n";
 }
 
@@ -198,8 +204,9 @@ MergeResult write_merged_model(const std::string& folder, const ModelOptions& op
     out.commit();
   }
   result.tensors = static_cast<int64_t>(file_of.size());
-  if (std::filesystem::exists(options.path + "/" + kWeightIndex)) {
-    write_file_atomically(folder + "/" + kWeightIndex, merged_index(file_of, result.bytes));
+  const std::string base_index = options.path + "/" + kWeightIndex;
+  if (std::filesystem::exists(base_index)) {
+    write_file_atomically(folder + "/" + kWeightIndex, merged_index(base_index, file_of, result.bytes));
   }
   copy_companions(options.path, folder);
   write_file_atomically(folder + "/config.json", merged_config(options, dequantize));
