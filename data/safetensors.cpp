@@ -44,11 +44,16 @@ bool good_name(const std::string& name) {
   return !name.empty() && name.size() <= kMaxNameBytes && std::all_of(name.begin(), name.end(), good);
 }
 
-/// Bytes of a tensor; false if they do not fit 64 bits.
+/// Bytes of a tensor; false if they do not fit 64 bits, or would not where an empty dimension held one element.
 bool count_bytes(const TensorInfo& info, int64_t& bytes) {
   bytes = static_cast<int64_t>(c10::elementSize(info.dtype));
-  return std::all_of(info.shape.begin(), info.shape.end(),
-                     [&](int64_t size) { return !__builtin_mul_overflow(bytes, size, &bytes); });
+  bool is_empty = false;
+  for (const int64_t size : info.shape) {
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes)) return false;
+    is_empty = is_empty || size == 0;
+  }
+  if (is_empty) bytes = 0;
+  return true;
 }
 
 /// Reads one header. Everything it throws begins with the file and, inside an entry, the tensor.
