@@ -102,8 +102,9 @@ TEST(ModelConfig, WhatTransformersIgnoresIsIgnoredByName) {
       {"qwen2.5-7b", json::parse(R"({"use_mrope": false, "use_sliding_window": false, "max_window_layers": 28,
          "sliding_window": 131072, "attention_bias": true})")},
       {"mistral-7b", json::parse(R"({"attention_bias": false, "sliding_window": null, "pad_token_id": 2})")},
-      {"gpt2", json::parse(R"({"n_ctx": 1024, "n_inner": null, "summary_type": "cls_index", "summary_use_proj": true,
-         "summary_activation": null, "summary_proj_to_labels": true, "summary_first_dropout": 0.1,
+      {"gpt2", json::parse(R"({"n_special": 0, "predict_special_tokens": true, "output_past": true, "n_ctx": 1024,
+         "n_inner": null, "summary_type": "cls_index", "summary_use_proj": true, "summary_activation": null,
+         "summary_proj_to_labels": true, "summary_first_dropout": 0.1,
          "reorder_and_upcast_attn": false, "task_specific_params": {"text-generation": {"max_length": 50}}})")},
   };
   for (const auto& [shape, patch] : notes) EXPECT_EQ(complaint(shape, patch), "") << shape;

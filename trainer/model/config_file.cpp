@@ -1,96 +1,35 @@
 #include "trainer/model/config_file.h"
 
+#include <sstream>
+
 namespace corank {
 namespace {
 
-// Fields of every configuration of transformers.
-const std::vector<std::string> kCommon{"add_cross_attention",
-                                       "architectures",
-                                       "attn_implementation",
-                                       "auto_map",
-                                       "bos_token_id",
-                                       "chunk_size_feed_forward",
-                                       "cls_token_id",
-                                       "cross_attention_hidden_size",
-                                       "decoder_start_token_id",
-                                       "dtype",
-                                       "eos_token_id",
-                                       "finetuning_task",
-                                       "gradient_checkpointing",
-                                       "id2label",
-                                       "initializer_range",
-                                       "is_decoder",
-                                       "is_encoder_decoder",
-                                       "label2id",
-                                       "mask_token_id",
-                                       "model_type",
-                                       "name_or_path",
-                                       "num_labels",
-                                       "output_attentions",
-                                       "output_hidden_states",
-                                       "pad_token_id",
-                                       "prefix",
-                                       "problem_type",
-                                       "pruned_heads",
-                                       "quantization_config",  // bitsandbytes.h
-                                       "return_dict",
-                                       "sep_token_id",
-                                       "task_specific_params",
-                                       "tf_legacy_loss",
-                                       "tie_encoder_decoder",
-                                       "tokenizer_class",
-                                       "torch_dtype",
-                                       "torchscript",
-                                       "transformers_version",
-                                       "unk_token_id",
-                                       "use_bfloat16",
-                                       "use_cache"};
+// Fields of every configuration of transformers; quantization_config is read by bitsandbytes.cpp.
+const char* const kCommon =
+    "add_cross_attention architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward "
+    "cls_token_id cross_attention_hidden_size decoder_start_token_id dtype eos_token_id finetuning_task "
+    "gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder label2id mask_token_id "
+    "model_type name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix problem_type "
+    "pruned_heads quantization_config return_dict sep_token_id task_specific_params tf_legacy_loss "
+    "tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version unk_token_id use_bfloat16 "
+    "use_cache";
 
 // How to generate: transformers moved it to generation_config.json.
-const std::vector<std::string> kGeneration{"assistant_confidence_threshold",
-                                           "assistant_lookbehind",
-                                           "bad_words_ids",
-                                           "begin_suppress_tokens",
-                                           "diversity_penalty",
-                                           "do_sample",
-                                           "early_stopping",
-                                           "encoder_no_repeat_ngram_size",
-                                           "encoder_repetition_penalty",
-                                           "epsilon_cutoff",
-                                           "eta_cutoff",
-                                           "exponential_decay_length_penalty",
-                                           "forced_bos_token_id",
-                                           "forced_eos_token_id",
-                                           "length_penalty",
-                                           "max_length",
-                                           "max_new_tokens",
-                                           "min_length",
-                                           "no_repeat_ngram_size",
-                                           "num_assistant_tokens",
-                                           "num_assistant_tokens_schedule",
-                                           "num_beam_groups",
-                                           "num_beams",
-                                           "num_return_sequences",
-                                           "output_scores",
-                                           "remove_invalid_values",
-                                           "repetition_penalty",
-                                           "return_dict_in_generate",
-                                           "suppress_tokens",
-                                           "target_lookbehind",
-                                           "temperature",
-                                           "top_k",
-                                           "top_p",
-                                           "typical_p"};
+const char* const kGeneration =
+    "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty "
+    "do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff "
+    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length "
+    "max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule "
+    "num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty "
+    "return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p";
 
 // Notes of other programs, which no code of transformers' families reads.
-const std::vector<std::string> kNotes{"full_attn_mod",          "interpolate_factor",
-                                      "is_llama_config",        "lm_head_bias",
-                                      "max_sequence_length",    "model_max_length",
-                                      "pretraining_tp",         "qkv_bias",
-                                      "rope_interleaved",       "tokenizer_model_max_length",
-                                      "tokenizer_padding_side", "transformers.js_config",
-                                      "unsloth_fixed",          "unsloth_version",
-                                      "use_flash_attn",         "use_mrope"};
+const char* const kNotes =
+    "full_attn_mod interpolate_factor is_llama_config lm_head_bias max_seq_length max_sequence_length "
+    "model_max_length output_past padding_side pretraining_tp qkv_bias rope_interleaved seq_length "
+    "tokenizer_model_max_length tokenizer_padding_side transformers.js_config unsloth_fixed unsloth_version "
+    "use_flash_attn use_mrope";
 
 }  // namespace
 
@@ -125,7 +64,10 @@ void ConfigFile::done() const {
 }
 
 void ignore_bookkeeping(const ConfigFile& file) {
-  for (const auto& keys : {kCommon, kGeneration, kNotes}) file.ignore(keys);
+  for (const char* keys : {kCommon, kGeneration, kNotes}) {
+    std::istringstream words(keys);
+    for (std::string key; words >> key;) file.ignore({key});
+  }
 }
 
 std::vector<int64_t> layer_windows(const ConfigFile& file, int64_t num_layers, std::optional<int64_t> window,

@@ -46,8 +46,9 @@ int64_t get_size(const ConfigFile& file, const char* key, const char* alias, int
 }  // namespace
 
 DecoderConfig gpt2_config(const ConfigFile& file) {
-  file.ignore({"n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
-               "summary_proj_to_labels", "summary_type", "summary_use_proj"});  // no part of the result
+  file.ignore({"n_ctx", "n_special", "predict_special_tokens", "reorder_and_upcast_attn", "summary_activation",
+               "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+               "summary_use_proj"});  // no part of the result
   refuse_variants(file);
   DecoderConfig c;
   c.names = gpt2_names();
