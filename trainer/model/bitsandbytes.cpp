@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "configs/error.h"
 #include "trainer/model/config_file.h"
@@ -37,9 +38,9 @@ class Weight {
   bool nested() const { return state_.has("nested_offset"); }
 
   float nested_offset() const {
-    const auto offset = static_cast<float>(state_.get<double>("nested_offset"));
-    if (!std::isfinite(offset)) refuse("nested_offset is not finite");
-    return offset;
+    const auto offset = state_.get<double>("nested_offset");
+    if (std::abs(offset) > std::numeric_limits<float>::max()) refuse("nested_offset is no float");
+    return static_cast<float>(offset);
   }
 
   at::Tensor part(const char* suffix, at::ScalarType dtype, const std::vector<int64_t>& shape) const {

@@ -88,22 +88,13 @@ constexpr RopeType kTypes[] = {
     {"yarn", RopeConfig::Scaling::yarn, read_yarn},
 };
 
-/// Fields of one type that another leaves alone, and a note of early YaRN models.
-const std::vector<std::string> kOfOtherTypes{"attention_factor",
-                                             "beta_fast",
-                                             "beta_slow",
-                                             "factor",
-                                             "finetuned",
-                                             "high_freq_factor",
-                                             "long_factor",
-                                             "low_freq_factor",
-                                             "mscale",
-                                             "mscale_all_dim",
-                                             "original_max_position_embeddings",
-                                             "rope_type",
-                                             "short_factor",
-                                             "truncate",
-                                             "type"};
+/// Fields of one type are left alone by another; `finetuned` is a note of early YaRN models.
+void refuse_unknown(const ConfigFile& object) {
+  object.ignore({"attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "long_factor",
+                 "low_freq_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings", "rope_type",
+                 "short_factor", "truncate", "type"});
+  object.done();
+}
 
 const RopeType& type_of(const ConfigFile& object) {
   const char* key = object.contains("rope_type") ? "rope_type" : "type";
@@ -131,13 +122,12 @@ RopeConfig rope_config(const ConfigFile& file, int64_t head_dim, int64_t max_pos
   const RopeType& type = type_of(object);
   rope.scaling = type.scaling;
   type.read({file, object, max_positions}, rope);
-  object.ignore(kOfOtherTypes);
-  object.done();
+  refuse_unknown(object);
   const std::vector<double> frequencies = rope_frequencies(rope, head_dim);
-  const bool good = std::all_of(frequencies.begin(), frequencies.end(), [](double f) {
-    return f < std::numeric_limits<float>::max();  // false for NaN
-  });
-  if (!good || !std::isfinite(rope.attention_factor)) object.fail("its numbers give no finite rotary frequencies");
+  const auto fits = [](double number) { return std::abs(number) < std::numeric_limits<float>::max(); };
+  if (!fits(rope.attention_factor) || !std::all_of(frequencies.begin(), frequencies.end(), fits)) {
+    object.fail("its numbers give no finite rotary frequencies");
+  }
   return rope;
 }
 
