@@ -142,6 +142,14 @@ std::string write_file_atomically(const std::string& path, std::string_view byte
   return file.commit();
 }
 
+std::string copy_file_atomically(const std::string& from, const std::string& to) {
+  Input input(from);
+  AtomicFile file(to);
+  std::string block(kBlockBytes, '\0');
+  while (const size_t count = input.read(block.data(), block.size())) file.write({block.data(), count});
+  return file.commit();
+}
+
 AtomicFile::AtomicFile(const std::string& path) : path_(path) {
   struct stat status {};
   if (::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {

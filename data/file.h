@@ -32,6 +32,9 @@ std::string read_file(const std::string& path, int64_t limit = int64_t{1} << 40)
 /// StorageError.
 std::string write_file_atomically(const std::string& path, std::string_view bytes);
 
+/// The same with the bytes of another file, of which little is held at a time. MissingError, InputError for `from`.
+std::string copy_file_atomically(const std::string& from, const std::string& to);
+
 /// The same for a file written in pieces (merged models, safetensors): `write` to the end, then `commit`. Destroyed
 /// without commit, or after an error, nothing is left behind and an older file stays as it is. Throws StorageError.
 class AtomicFile {

@@ -1,5 +1,7 @@
 #include "data/json_object.h"
 
+#include <algorithm>
+
 #include "data/strict_json.h"
 
 namespace corank {
@@ -8,8 +10,15 @@ using nlohmann::ordered_json;
 
 std::string shown(const ordered_json& value) {
   constexpr size_t kMost = 80;
-  const std::string text = value.dump();
+  const std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true);
   return text.size() <= kMost ? text : text.substr(0, kMost - 3) + "...";
+}
+
+std::string shown_key(const std::string& key) {
+  constexpr size_t kMost = 80;
+  const auto plain = [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '_' || c == '-'; };
+  const bool harmless = !key.empty() && key.size() <= kMost && std::all_of(key.begin(), key.end(), plain);
+  return harmless ? key : shown(key);
 }
 
 JsonObject::JsonObject(const std::string& text, std::string origin)
@@ -43,7 +52,7 @@ std::vector<std::string> JsonObject::unknown() const {
 void JsonObject::done() const {
   const std::vector<std::string> keys = unknown();
   if (keys.empty()) return;
-  fail(keys.front() + " is " + shown(root_[keys.front()]) +
+  fail(shown_key(keys.front()) + " is " + shown(root_[keys.front()]) +
        ", and no field of this name is known here; it may change the result. Remove it if it does not");
 }
 

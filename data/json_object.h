@@ -11,8 +11,10 @@
 
 namespace corank {
 
-/// A JSON value for a message: on one line, at most 80 bytes.
+/// A JSON value for a message: on one line, at most 80 bytes, nothing in it that a terminal would obey.
 std::string shown(const nlohmann::ordered_json& value);
+/// A key for a message: as it is where that is harmless, otherwise as shown() writes it.
+std::string shown_key(const std::string& key);
 
 /// One object of a JSON file from a stranger, with the file's name and the key in every message. Asking for a key makes
 /// it a known one; done() refuses the keys that nobody asked for. Types are exact: no fraction becomes a whole number,
@@ -29,6 +31,8 @@ class JsonObject {
 
   /// Present and not null.
   bool has(const std::string& key) const { return find(key) && !find(key)->is_null(); }
+  /// Present, be it as null.
+  bool contains(const std::string& key) const { return find(key) != nullptr; }
   /// Present as null.
   bool is_null(const std::string& key) const { return find(key) && find(key)->is_null(); }
   /// The value as it stands there; null where it is absent.

@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "configs/error.h"
+#include "data/json_object.h"
 #include "data/strict_json.h"
 
 namespace corank {
@@ -43,11 +44,16 @@ bool good_name(const std::string& name) {
   return !name.empty() && name.size() <= kMaxNameBytes && std::all_of(name.begin(), name.end(), good);
 }
 
-/// Bytes of a tensor; false if they do not fit 64 bits.
+/// Bytes of a tensor; false if they do not fit 64 bits, or would not where an empty dimension held one element.
 bool count_bytes(const TensorInfo& info, int64_t& bytes) {
   bytes = static_cast<int64_t>(c10::elementSize(info.dtype));
-  return std::all_of(info.shape.begin(), info.shape.end(),
-                     [&](int64_t size) { return !__builtin_mul_overflow(bytes, size, &bytes); });
+  bool is_empty = false;
+  for (const int64_t size : info.shape) {
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes)) return false;
+    is_empty = is_empty || size == 0;
+  }
+  if (is_empty) bytes = 0;
+  return true;
 }
 
 /// Reads one header. Everything it throws begins with the file and, inside an entry, the tensor.
@@ -69,7 +75,7 @@ class Header {
       if (name == kMetadata) {
         metadata = parse_metadata(value);
       } else {
-        if (!good_name(name)) refuse("a tensor has the name " + json(name).dump().substr(0, kMaxNameBytes));
+        if (!good_name(name)) refuse("a tensor has the name " + shown(name));
         tensors.emplace(name, parse_tensor(name, value));
       }
     }
@@ -94,7 +100,7 @@ class Header {
     std::vector<int64_t> numbers;
     for (const json& item : value) {
       if (!item.is_number_unsigned() || item.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX)) {
-        refuse(what + " holds " + item.dump().substr(0, 40) + ", which is no whole number from 0 to 2^63 - 1");
+        refuse(what + " holds " + shown(item) + ", which is no whole number from 0 to 2^63 - 1");
       }
       numbers.push_back(item.get<int64_t>());
     }
@@ -107,7 +113,7 @@ class Header {
       if (value == name) return type;
       allowed += std::string(allowed.empty() ? "" : ", ") + name;
     }
-    refuse(tensor + ": dtype " + value.dump().substr(0, 40) + " is not one of " + allowed);
+    refuse(tensor + ": dtype " + shown(value) + " is not one of " + allowed);
   }
 
   TensorInfo parse_tensor(const std::string& name, const json& value) const {
@@ -119,14 +125,14 @@ class Header {
     if (info.shape.size() > kMaxRank) refuse(tensor + ": more than " + std::to_string(kMaxRank) + " dimensions");
     const std::vector<int64_t> offsets = parse_numbers(tensor + ": data_offsets", value["data_offsets"]);
     if (offsets.size() != 2 || offsets[0] > offsets[1] || offsets[1] > data_bytes_) {
-      refuse(tensor + ": data_offsets " + value["data_offsets"].dump() + " do not lie within the file's " +
+      refuse(tensor + ": data_offsets " + shown(value["data_offsets"]) + " do not lie within the file's " +
              std::to_string(data_bytes_) + " data bytes");
     }
     int64_t bytes = 0;
     info.bytes = offsets[1] - offsets[0];
     info.begin = data_begin_ + offsets[0];
     if (!count_bytes(info, bytes) || bytes != info.bytes) {
-      refuse(tensor + ": shape " + value["shape"].dump() + " of " + value["dtype"].dump() + " does not take " +
+      refuse(tensor + ": shape " + shown(value["shape"]) + " of " + shown(value["dtype"]) + " does not take " +
              std::to_string(info.bytes) + " bytes");
     }
     return info;

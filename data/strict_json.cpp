@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "configs/error.h"
+#include "data/json_object.h"
 
 namespace corank {
 namespace {
@@ -29,14 +30,23 @@ class Checker : public json::json_sax_t {
   bool end_array() override { return close(); }
   bool key(string_t& name) override {
     if (++num_keys_ > max_keys_) refuse("more than " + std::to_string(max_keys_) + " keys");
-    if (!open_.back().insert(name).second) refuse("the key " + json(name).dump() + " stands twice");
+    if (!open_.back().insert(name).second) refuse("the key " + shown_key(name) + " stands twice");
     return true;
   }
   bool parse_error(size_t, const std::string&, const json::exception& error) override {
-    throw InputError(origin_ + ": not valid JSON: " + error.what() + ".");
+    throw InputError(origin_ + ": not valid JSON: " + brief(error.what()) + ".");
   }
 
  private:
+  /// The parser quotes the whole token that it did not like.
+  static std::string brief(const std::string& what) {
+    constexpr size_t kMost = 160;
+    std::string text = what.substr(0, kMost);
+    for (char& c : text) {
+      if (static_cast<unsigned char>(c) < ' ' || static_cast<unsigned char>(c) > '~') c = '?';
+    }
+    return text + (what.size() > kMost ? "..." : "");
+  }
   [[noreturn]] void refuse(const std::string& message) const {
     throw InputError(origin_ + ": " + message + "; the file is damaged or not meant for this.");
   }

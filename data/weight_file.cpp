@@ -1,14 +1,20 @@
 #include "data/weight_file.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 
 #include "configs/error.h"
 #include "data/file.h"
+#include "data/json_object.h"
 #include "data/strict_json.h"
 
 namespace corank {
 namespace {
+
+namespace fs = std::filesystem;
 
 constexpr int64_t kMaxIndexBytes = int64_t{64} << 20;
 constexpr size_t kMaxNamed = 20;
@@ -22,6 +28,20 @@ bool good_shard(const std::string& name) {
          name.find('\0') == std::string::npos;
 }
 
+bool lies_in(const fs::path& root, const fs::path& path) {
+  return std::mismatch(root.begin(), root.end(), path.begin(), path.end()).first == root.end();
+}
+
+/// Where companions of a folder may lie: in it, or in the blobs of its cache (<model>/snapshots/<revision> holds links
+/// into <model>/blobs).
+std::vector<fs::path> companion_roots(const std::string& folder) {
+  std::vector<fs::path> roots{fs::canonical(folder)};
+  const fs::path snapshots = roots[0].parent_path();
+  const fs::path blobs = snapshots.parent_path() / "blobs";
+  if (snapshots.filename() == "snapshots" && fs::is_directory(fs::symlink_status(blobs))) roots.push_back(blobs);
+  return roots;
+}
+
 /// tensor -> shard, as the index has it.
 std::map<std::string, std::string> read_index(const std::string& path) {
   const nlohmann::json index = parse_json(read_file(path, kMaxIndexBytes), path);
@@ -31,8 +51,8 @@ std::map<std::string, std::string> read_index(const std::string& path) {
   std::map<std::string, std::string> shards;
   for (const auto& [tensor, shard] : index["weight_map"].items()) {
     if (!shard.is_string() || !good_shard(shard.get<std::string>())) {
-      throw InputError(path + ": weight_map gives tensor " + nlohmann::json(tensor).dump() + " the file " +
-                       shard.dump() + "; only names of .safetensors files beside the index are accepted.");
+      throw InputError(path + ": weight_map gives tensor " + shown(tensor) + " the file " + shown(shard) +
+                       "; only names of .safetensors files beside the index are accepted.");
     }
     shards.emplace(tensor, shard.get<std::string>());
   }
@@ -42,7 +62,6 @@ std::map<std::string, std::string> read_index(const std::string& path) {
 }  // namespace
 
 WeightFile::WeightFile(const std::string& folder) : folder_(folder) {
-  namespace fs = std::filesystem;
   const std::string single = folder + "/" + kSingle, index = folder + "/" + kWeightIndex;
   if (!fs::is_directory(folder)) {
     throw MissingError(folder + ": the model folder does not exist; give a folder in Hugging Face format.");
@@ -69,7 +88,7 @@ void WeightFile::open_shards(const std::string& index_path) {
     const auto [entry, is_new] = opened.emplace(shard, files_.size());
     if (is_new) files_.push_back(std::make_unique<SafetensorsFile>(folder_ + "/" + shard));
     if (!files_[entry->second]->tensors().contains(tensor)) {
-      throw InputError(index_path + ": says that tensor " + nlohmann::json(tensor).dump() + " is in " + shard +
+      throw InputError(index_path + ": says that tensor " + shown(tensor) + " is in " + shard +
                        ", which does not hold it; fetch the model again.");
     }
     where_.emplace(tensor, entry->second);
@@ -114,6 +133,21 @@ at::Tensor WeightFile::read_slice(const std::string& name, int64_t dim, int64_t 
   return file.read_slice(name, dim, start, length);
 }
 
+void WeightFile::require_floating(const std::string& name) const {
+  const at::ScalarType dtype = info(name).dtype;
+  if (at::isFloatingType(dtype)) return;
+  throw InputError(file_of(name).path() + ": tensor " + name + " holds " + c10::toString(dtype) +
+                   " values, and the model needs floating ones. Take the model in 16 or 32 bits.");
+}
+
+void WeightFile::require_finite(const std::string& name, const at::Tensor& values) const {
+  if (values.numel() == 0) return;
+  const auto [least, most] = at::aminmax(values);  // NaN if any value is
+  if (std::isfinite(least.item<double>()) && std::isfinite(most.item<double>())) return;
+  throw InputError(file_of(name).path() + ": tensor " + name +
+                   " holds NaN or infinite values. The file is damaged or the model diverged; fetch it again.");
+}
+
 void WeightFile::require_all_used() const {
   std::string unused;
   size_t count = 0;
@@ -134,12 +168,20 @@ int64_t WeightFile::bytes_read() const {
 }
 
 void copy_companions(const std::string& from, const std::string& to) {
-  for (const auto& entry : std::filesystem::directory_iterator(from)) {
+  const std::vector<fs::path> roots = companion_roots(from);
+  for (const auto& entry : fs::directory_iterator(from)) {
     const std::string name = entry.path().filename().string();
     const bool weights = std::any_of(std::begin(kWeightEndings), std::end(kWeightEndings),
                                      [&](const char* ending) { return name.ends_with(ending); });
-    if (!entry.is_regular_file() || weights || name == "config.json" || name == "adapter_config.json") continue;
-    write_file_atomically(to + "/" + name, read_file(entry.path().string()));
+    std::error_code error;
+    if (!entry.is_regular_file(error) || weights || name == "config.json" || name == "adapter_config.json") continue;
+    const fs::path target = fs::canonical(entry.path());
+    if (std::any_of(roots.begin(), roots.end(), [&](const fs::path& root) { return lies_in(root, target); })) {
+      copy_file_atomically(target.string(), to + "/" + name);
+    } else {
+      spdlog::warn("{}: {} is a symbolic link out of the model folder, so it is not copied. Copy the file itself.",
+                   from, shown_key(name));
+    }
   }
 }
 

@@ -25,6 +25,10 @@ class WeightFile {
   /// Both mark the name as used. Results are CPU tensors in the stored dtype.
   at::Tensor read(const std::string& name);
   at::Tensor read_slice(const std::string& name, int64_t dim, int64_t start, int64_t length);
+  /// InputError that names the tensor and its file, unless it is of a floating type.
+  void require_floating(const std::string& name) const;
+  /// InputError that names the tensor and its file, unless all of these values of it are finite.
+  void require_finite(const std::string& name, const at::Tensor& values) const;
   /// Marks a name that is known and deliberately not read (a tied head, say).
   void mark_used(const std::string& name) { used_.insert(name); }
   /// InputError naming every tensor of the files that nothing read: an ignored weight is a wrong model.
@@ -46,7 +50,9 @@ class WeightFile {
 inline constexpr const char* kWeightIndex = "model.safetensors.index.json";
 
 /// Copies what a model folder holds beside config.json and weights (tokenizer, templates, licence), each file
-/// atomically. Weights of any format and an adapter's configuration stay behind: they would not be those of `to`.
+/// atomically and in pieces. Weights of any format and an adapter's configuration stay behind: they would not be those
+/// of `to`. So does what is no regular file, and a symbolic link whose target lies neither in the folder nor in the
+/// blobs of the Hugging Face cache that it is a snapshot of; the log names it.
 void copy_companions(const std::string& from, const std::string& to);
 
 }  // namespace corank

@@ -1,5 +1,7 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -88,6 +90,9 @@ int run(Chosen& chosen, int* argc, char*** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // What the libraries log: standard output belongs to the results.
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("corank"));
+  spdlog::set_pattern("corank: %v");
   CLI::App app{"corank: low-rank adapters, trained across many ranks"};
   app.name("corank");
   app.set_version_flag("--version", CORANK_VERSION);

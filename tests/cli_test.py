@@ -279,7 +279,7 @@ class Models(Case):
 
     def test_attributes_that_change_the_result(self):
         for change in ({"model_type": "mamba"}, {"hidden_act": "gelu"}, {"sliding_window": 16},
-                       {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}):
+                       {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "rope_parameters": None}):
             model = self.model()
             config = json.loads((model / "config.json").read_text())
             (model / "config.json").write_text(json.dumps({**config, **change}))

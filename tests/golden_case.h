@@ -60,8 +60,8 @@ class Golden {
 
 /// The folders of make_families.py.
 inline std::vector<std::string> family_cases() {
-  return {"families/qwen2",   "families/qwen2_window", "families/qwen3",
-          "families/mistral", "families/phi3",         "families/gpt2"};
+  return {"families/qwen2", "families/qwen2_window", "families/qwen3",     "families/mistral",
+          "families/phi3",  "families/gpt2",         "families/qwen2_yarn"};
 }
 
 }  // namespace corank::test

@@ -214,6 +214,7 @@ TEST_F(Safetensors, HostileEntries) {
   expect_refused(entry(R"("dtype":"U8","shape":[],"data_offsets":[0,2])"), 2, "does not take 2 bytes");
   expect_refused(entry(R"("dtype":"F64","shape":[4294967296,4294967296],"data_offsets":[0,0])"), 0, "does not take");
   expect_refused(entry(R"("dtype":"F64","shape":[2305843009213693952],"data_offsets":[0,0])"), 0, "does not take");
+  expect_refused(entry(R"("dtype":"F64","shape":[0,4294967296,4294967296],"data_offsets":[0,0])"), 0, "does not take");
   for (const char* offsets : {"[0]", "[0,2,2]", "[2,0]", "[0,3]", "[]"}) {
     expect_refused(entry(std::string(R"("dtype":"U8","shape":[2],"data_offsets":)") + offsets), 2, "do not lie within");
   }

@@ -1,9 +1,11 @@
 #include "data/weight_file.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <filesystem>
+#include <set>
 
 #include "configs/error.h"
 #include "data/file.h"
@@ -131,6 +133,58 @@ TEST_F(Weights, BothKindsAtOnce) {
   write_index(good_map_);
   write("model.safetensors", safetensors_image({{"a", a_}}));
   expect_refused("holds both");
+}
+
+class Companions : public Weights {
+ protected:
+  void SetUp() override {
+    Weights::SetUp();
+    make_folders(to_);
+  }
+  std::set<std::string> copied(const std::string& from) {
+    copy_companions(from, to_);
+    std::set<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(to_)) names.insert(entry.path().filename());
+    return names;
+  }
+  const std::string to_ = folder_ + "/to";
+};
+
+TEST_F(Companions, WeightsConfigurationsAndWhatIsNoFileStayBehind) {
+  for (const char* name : {"tokenizer.json", "LICENSE", "config.json", "adapter_config.json", "x.bin", "y.gguf"}) {
+    write(name, "text of " + std::string(name));
+  }
+  ASSERT_EQ(::mkfifo((folder_ + "/pipe.json").c_str(), 0600), 0);
+  write("large.txt", std::string((size_t{3} << 20) + 7, 'x'));
+  EXPECT_EQ(copied(folder_), (std::set<std::string>{"tokenizer.json", "LICENSE", "large.txt"}));
+  EXPECT_EQ(read_file(to_ + "/large.txt"), read_file(folder_ + "/large.txt"));
+}
+
+TEST_F(Companions, LinksLeadOnlyIntoTheFolderOrItsCache) {
+  namespace fs = std::filesystem;
+  const std::string model = folder_ + "/models--x", snapshot = model + "/snapshots/1";
+  make_folders(model + "/blobs");
+  make_folders(snapshot);
+  write("secret", "s");
+  write("models--x/blobs/abc", "tokens");
+  write("models--x/snapshots/1/real.txt", "r");
+  fs::create_symlink("../../blobs/abc", snapshot + "/tokenizer.json");
+  fs::create_symlink("real.txt", snapshot + "/link.txt");
+  fs::create_symlink(folder_ + "/secret", snapshot + "/secret.json");
+  fs::create_symlink("../../../secret", snapshot + "/other.json");
+  fs::create_symlink("nowhere", snapshot + "/dangling.json");
+  fs::create_symlink("/dev/zero", snapshot + "/endless.json");
+  EXPECT_EQ(copied(snapshot), (std::set<std::string>{"tokenizer.json", "real.txt", "link.txt"}));
+  EXPECT_EQ(read_file(to_ + "/tokenizer.json"), "tokens");
+  EXPECT_FALSE(fs::is_symlink(to_ + "/tokenizer.json"));
+}
+
+TEST_F(Companions, BlobsBesideAnOrdinaryFolderAreNoCache) {
+  make_folders(folder_ + "/a/mine/x");
+  make_folders(folder_ + "/a/blobs");
+  write("a/blobs/abc", "tokens");
+  std::filesystem::create_symlink("../../blobs/abc", folder_ + "/a/mine/x/tokenizer.json");
+  EXPECT_EQ(copied(folder_ + "/a/mine/x"), std::set<std::string>());
 }
 
 }  // namespace

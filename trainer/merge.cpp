@@ -11,6 +11,7 @@
 #include "comm/backends.h"
 #include "configs/error.h"
 #include "data/file.h"
+#include "data/json_object.h"
 #include "data/strict_json.h"
 #include "data/weight_file.h"
 #include "trainer/adapter/lora_factors.h"
@@ -85,7 +86,7 @@ class MergedModel {
     } else if (is_adapted || (linear != linears_.end() && dequantize_)) {
       result = weight(name, linear->second, is_adapted, dtype);
     } else {
-      return file_.read(name);
+      return base_values(name);
     }
     if (at::isfinite(result).all().item<bool>()) return result.contiguous();
     throw InputError(
@@ -120,6 +121,13 @@ class MergedModel {
         ->second;
   }
 
+  /// As the files have it; the model's weights are floating, what transformers keeps beside them may be anything.
+  at::Tensor base_values(const std::string& name) {
+    at::Tensor values = file_.read(name);
+    if (values.is_floating_point()) file_.require_finite(name, values);
+    return values;
+  }
+
   /// As the files have it: [in, out] where the family's do.
   at::Tensor weight(const std::string& name, const LinearSite& site, bool is_adapted, at::ScalarType dtype) {
     const at::TensorOptions exact = dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -131,7 +139,7 @@ class MergedModel {
   at::Tensor base(const std::string& name, const LinearSite& site) {
     StoredWeight stored;
     stored.name = name;
-    stored.read = [&](const Shard&) { return site.fan_in_fan_out ? file_.read(name).t() : file_.read(name); };
+    stored.read = [&](const Shard&) { return site.fan_in_fan_out ? base_values(name).t() : base_values(name); };
     stored.read_nf4 = [&]() -> std::optional<ops::Nf4> {
       if (!holds_nf4_) return std::nullopt;
       return read_bitsandbytes_nf4(file_, name, {site.out, site.in}, /*outline=*/false);
@@ -155,7 +163,8 @@ class MergedModel {
 /// The index of the base with the merged model's tensors.
 std::string merged_index(const std::string& base_index, const std::map<std::string, std::string>& file_of,
                          int64_t bytes) {
-  ordered_json index = ordered_json::parse(read_file(base_index));
+  nlohmann::json index = parse_json(read_file(base_index), base_index);
+  if (!index["metadata"].is_object()) index["metadata"] = nlohmann::json::object();
   index["metadata"]["total_size"] = bytes;
   index["weight_map"] = file_of;
   return index.dump(2) + "\n";
@@ -165,7 +174,7 @@ std::string merged_index(const std::string& base_index, const std::map<std::stri
 std::string merged_config(const ModelOptions& options, bool dequantize) {
   const std::string text = model_config_json(options);
   if (!dequantize) return text;
-  ordered_json config = ordered_json::parse(text);
+  ordered_json config = JsonObject(text, options.path + "/config.json").root();
   config.erase("quantization_config");
   config[config.contains("torch_dtype") ? "torch_dtype" : "dtype"] =
       options.dtype == at::kFloat ? "float32" : "bfloat16";

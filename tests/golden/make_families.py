@@ -44,6 +44,10 @@ CASES = {
             vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=52,
             embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None),
         dict(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
+    "qwen2_yarn": (  # with cos and sin scaled
+        transformers.Qwen2Config(**{**sizes(), "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3,
+            "original_max_position_embeddings": 16}}), LORA),
 }
 
 

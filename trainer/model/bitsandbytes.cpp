@@ -3,14 +3,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "configs/error.h"
-#include "data/strict_json.h"
+#include "trainer/model/config_file.h"
 
 namespace corank {
 namespace {
 
-using nlohmann::json;
+using nlohmann::ordered_json;
 
 const char* const kState = ".quant_state.bitsandbytes__nf4";
 
@@ -28,16 +30,17 @@ class Weight {
   }
 
   /// Refuses a state that says otherwise.
-  void require(const char* key, const json& value) const {
-    const json found = state_.value(key, json());
-    if (found != value) refuse(fmt::format("{} is {}, not {}", key, found.dump(), value.dump()));
+  void require(const char* key, const ordered_json& value) const {
+    const ordered_json& found = state_.value(key);
+    if (found != value) refuse(fmt::format("{} is {}, not {}", key, shown(found), shown(value)));
   }
 
-  bool nested() const { return state_.contains("nested_offset"); }
+  bool nested() const { return state_.has("nested_offset"); }
 
   float nested_offset() const {
-    if (!state_["nested_offset"].is_number()) refuse("nested_offset is not a number");
-    return state_["nested_offset"].get<float>();
+    const auto offset = state_.get<double>("nested_offset");
+    if (std::abs(offset) > std::numeric_limits<float>::max()) refuse("nested_offset is no float");
+    return static_cast<float>(offset);
   }
 
   at::Tensor part(const char* suffix, at::ScalarType dtype, const std::vector<int64_t>& shape) const {
@@ -48,51 +51,59 @@ class Weight {
       refuse(fmt::format("{} is {} [{}], not {} [{}]", full_name, c10::toString(info.dtype),
                          fmt::join(info.shape, ", "), c10::toString(dtype), fmt::join(shape, ", ")));
     }
-    if (!outline_) return file_.read(full_name);
-    file_.mark_used(full_name);
-    return at::empty(shape, at::TensorOptions(dtype).device(at::kMeta));
+    if (outline_) {
+      file_.mark_used(full_name);
+      return at::empty(shape, at::TensorOptions(dtype).device(at::kMeta));
+    }
+    const at::Tensor values = file_.read(full_name);
+    file_.require_finite(full_name, values);
+    return values;
   }
 
  private:
   /// A JSON text, byte for byte a tensor.
-  json read_state() const {
+  JsonObject read_state() const {
+    constexpr int64_t kMostBytes = int64_t{1} << 16;
     const std::string state_name = name_ + kState;
     if (!file_.has(state_name)) refuse("it is not quantised to nf4, as others of this folder are");
+    const TensorInfo& info = file_.info(state_name);
+    if (info.dtype != at::kByte || info.bytes > kMostBytes) refuse(state_name + " is no U8 of a JSON text's size");
     const at::Tensor bytes = file_.read(state_name);
-    if (bytes.scalar_type() != at::kByte) refuse(state_name + " is not U8");
     const std::string text(static_cast<const char*>(bytes.const_data_ptr()), bytes.nbytes());
-    json state = parse_json(text, file_.folder() + ": tensor " + state_name);
-    if (!state.is_object()) refuse(state_name + " is not a JSON object");
-    return state;
+    return {text, file_.folder() + ": tensor " + state_name};
   }
 
   WeightFile& file_;
   std::string name_;
   bool outline_;
-  json state_;
+  JsonObject state_;
 };
 
 /// For messages: what quantised the weights, and to what.
-std::string kind_of(const json& config) {
-  const std::string method = config.value("quant_method", json("bitsandbytes")).dump();
-  return config.value("load_in_4bit", json(false)) == true
-             ? method + " with bnb_4bit_quant_type " + config.value("bnb_4bit_quant_type", json("fp4")).dump()
-             : method;
+std::string kind_of(const ConfigFile& config) {
+  const std::string method = shown(config.get_optional<std::string>("quant_method").value_or("bitsandbytes"));
+  if (!config.get_optional<bool>("load_in_4bit").value_or(false)) return method;
+  const std::string type = shown(config.get_optional<std::string>("bnb_4bit_quant_type").value_or("fp4"));
+  return method + " with bnb_4bit_quant_type " + type;
 }
 
 }  // namespace
 
-bool says_bitsandbytes_nf4(const std::string& config_json, const std::string& origin) {
-  const json root = parse_json(config_json, origin);
-  const json config = root.is_object() ? root.value("quantization_config", json()) : json();
-  if (config.is_null()) return false;
-  if (!config.is_object()) throw InputError(origin + ": quantization_config is not a map");
+std::optional<StoredNf4> stored_as_nf4(const std::string& config_json, const std::string& origin) {
+  const JsonObject root(config_json, origin);
+  if (!root.has("quantization_config")) return std::nullopt;
+  const ConfigFile config(root.get<JsonObject>("quantization_config"));
   const std::string kind = kind_of(config);
-  if (kind == R"("bitsandbytes" with bnb_4bit_quant_type "nf4")") return true;
-  throw InputError(
-      fmt::format("{}: quantization_config says that the weights are quantised by {}. Of quantised weights "
-                  "only bitsandbytes' nf4 is read; take the model in 16 bits.",
-                  origin, kind));
+  if (kind != R"("bitsandbytes" with bnb_4bit_quant_type "nf4")") {
+    config.fail("says that the weights are quantised by " + kind +
+                ". Of quantised weights only bitsandbytes' nf4 is read; take the model in 16 bits");
+  }
+  // What to compute in, and what was left as it is: the files' tensors say that.
+  config.ignore({"bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload",
+                 "llm_int8_has_fp16_weight", "llm_int8_skip_modules", "llm_int8_threshold", "load_in_8bit"});
+  const StoredNf4 stored{config.get_optional<bool>("bnb_4bit_use_double_quant").value_or(false)};
+  config.done();
+  return stored;
 }
 
 bool holds_bitsandbytes_nf4(const WeightFile& file) {

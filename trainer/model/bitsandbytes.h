@@ -1,4 +1,5 @@
 #pragma once
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,8 +10,11 @@
 /// they are.
 namespace corank {
 
-/// Whether config.json says so. InputError for weights that are quantised in another way.
-bool says_bitsandbytes_nf4(const std::string& config_json, const std::string& origin);
+struct StoredNf4 {
+  bool double_quant = false;
+};
+/// Nothing where config.json says that the weights are not quantised. InputError for another way than nf4.
+std::optional<StoredNf4> stored_as_nf4(const std::string& config_json, const std::string& origin);
 /// Whether the files hold a weight of that kind.
 bool holds_bitsandbytes_nf4(const WeightFile& file);
 /// Weight `name` of full shape [O, I]; marks its tensors as used. `outline`: shapes only. InputError if a part is

@@ -414,7 +414,14 @@ void check_split(const DecoderConfig& config, int tensor) {
   require_divides("feed-forward features (intermediate_size)", config.intermediate_size, tensor);
 }
 
-void check_positions(const DecoderConfig& config, int64_t positions) {
+void check_positions(const DecoderConfig& config, const std::string& origin, int64_t positions) {
+  if (const int64_t most = config.rope.most_positions; most > 0 && positions > most) {
+    throw InputError(
+        fmt::format("{}: its rope_scaling (rope_parameters) of type dynamic is followed up to max_position_embeddings, "
+                    "{}: beyond it the frequencies depend on the longest sequence of a batch. data.seq_len (in "
+                    "generation: prompt and new tokens together) asks for {}. Ask for {} at most.",
+                    origin, most, positions, most));
+  }
   if (config.num_positions == 0 || positions <= config.num_positions) return;
   throw ConfigError(
       fmt::format("data.seq_len (in generation: prompt and new tokens together): {} tokens are more than the {} "

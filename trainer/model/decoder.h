@@ -1,5 +1,6 @@
 #pragma once
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -60,14 +61,26 @@ struct DecoderConfig {
 /// ConfigError if heads, key-value heads or the feed-forward size do not divide by `tensor`.
 void check_split(const DecoderConfig& config, int tensor);
 
-/// ConfigError if sequences of `positions` tokens are longer than the model has learned positions.
-void check_positions(const DecoderConfig& config, int64_t positions);
+/// ConfigError if sequences of `positions` tokens are longer than the model has learned positions, InputError if they
+/// are longer than its dynamic scaling of rotary ones allows.
+void check_positions(const DecoderConfig& config, const std::string& origin, int64_t positions);
 
 std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options,
                                     std::shared_ptr<WeightSource> weights, Communicator& tp);
 
+/// What transformers takes for sizes that config.json leaves out.
+struct FamilyDefaults {
+  int64_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads;
+  int64_t num_kv_heads = 0;  ///< 0: as many as heads
+  int64_t head_dim = 0;      ///< 0: hidden size by heads
+  int64_t max_positions;
+  double norm_eps = 1e-6;
+  std::set<std::string> nullable;  ///< of the last two sizes: may be null, and then follow from the others
+};
+
 /// What the families below share: sizes, RMSNorm, rotary positions, silu.
-DecoderConfig llama_like_config(const ConfigFile& file);
+DecoderConfig llama_like_config(const ConfigFile& file, const FamilyDefaults& defaults);
+double get_norm_eps(const ConfigFile& file, const char* key, double default_value);
 
 // The families of the table in families.cpp, one file each: read config.json, refuse what they cannot honour.
 DecoderConfig llama_config(const ConfigFile& file);

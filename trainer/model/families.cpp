@@ -2,7 +2,6 @@
 
 #include "comm/backends.h"
 #include "data/file.h"
-#include "data/strict_json.h"
 #include "trainer/model/bitsandbytes.h"
 #include "trainer/model/config_file.h"
 #include "trainer/model/decoder.h"
@@ -61,16 +60,35 @@ constexpr Shape kShapes[] = {
       "n_positions": 1024, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1})"},
 };
 
-DecoderConfig read_config(const std::string& config_json, const std::string& origin) {
-  const ConfigFile file(config_json, origin);
-  const auto type = file.root().value("model_type", nlohmann::json());
+const Family& family_of(const ConfigFile& file) {
+  const auto type = file.get<std::string>("model_type");
   std::vector<std::string> known;
   for (const Family& family : kFamilies) {
-    if (type == family.model_type) return family.read(file);
+    if (type == family.model_type) return family;
     known.emplace_back(family.model_type);
   }
-  file.fail(fmt::format("model_type {} is not one of {}. Only these architectures can be trained.", type.dump(),
+  file.fail(fmt::format("model_type {} is not one of {}. Only these architectures can be trained", shown(type),
                         fmt::join(known, ", ")));
+}
+
+/// What is not a causal language model: another head (LlamaForSequenceClassification), another attention.
+void refuse_other_tasks(const ConfigFile& file) {
+  const auto architectures = file.get_optional<std::vector<std::string>>("architectures");
+  for (const std::string& name : architectures.value_or(std::vector<std::string>())) {
+    if (name.find("For") == std::string::npos || name.ends_with("ForCausalLM")) continue;
+    file.fail("architectures names " + shown_key(name) + ", which is no causal language model");
+  }
+  if (!file.get<bool>("is_causal", true)) file.refuse("is_causal is false");
+}
+
+DecoderConfig read_config(const std::string& config_json, const std::string& origin) {
+  const ConfigFile file(config_json, origin);
+  const Family& family = family_of(file);
+  DecoderConfig config = family.read(file);
+  refuse_other_tasks(file);
+  ignore_bookkeeping(file);
+  file.done();
+  return config;
 }
 
 /// A folder of the model without its head ("gpt2" itself is one): its names lack the model's own prefix.
@@ -84,6 +102,7 @@ class BareWeights : public WeightSource {
   std::optional<ops::Nf4> read_nf4(const std::string& name, const std::vector<int64_t>& shape) override {
     return weights_->read_nf4(bare(name), shape);
   }
+  bool differ(const std::string& a, const std::string& b) override { return weights_->differ(bare(a), bare(b)); }
   void skip(const std::string& name) override { weights_->skip(bare(name)); }
   void finish() override { weights_->finish(); }
 
@@ -110,7 +129,7 @@ std::string origin_of(const ModelOptions& options) {
 
 /// Weights that are stored quantised stay as they are.
 void check_stored_format(const std::string& config_json, const ModelOptions& options) {
-  if (!says_bitsandbytes_nf4(config_json, origin_of(options))) return;
+  if (!stored_as_nf4(config_json, origin_of(options))) return;
   const std::string found = origin_of(options) + " says that the weights are bitsandbytes' nf4";
   if (options.quantization != "nf4") {
     throw ConfigError(
@@ -136,16 +155,18 @@ std::string model_config_json(const ModelOptions& options) {
 
 void check_model_config(const std::string& config_json, const std::string& origin, int tensor) {
   check_split(read_config(config_json, origin), tensor);
-  says_bitsandbytes_nf4(config_json, origin);  // or refuses
+  stored_as_nf4(config_json, origin);  // or refuses
 }
 
 std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp) {
   const std::string config_json = model_config_json(options);
-  const DecoderConfig config = read_config(config_json, origin_of(options));
+  DecoderConfig config = read_config(config_json, origin_of(options));
   check_split(config, tp.size());
   check_stored_format(config_json, options);
-  check_positions(config, options.max_positions);
+  check_positions(config, origin_of(options), options.max_positions);
   const std::shared_ptr<WeightSource> weights = weights_of(options, config.names);
+  // Files that hold another head are believed more than tie_word_embeddings, as in transformers.
+  if (weights->differ(config.names.embedding + ".weight", config.names.head + ".weight")) config.tied_head = false;
   auto model = make_decoder(config, options, weights, tp);
   weights->finish();
   return model;
@@ -161,10 +182,9 @@ LinearReader::LinearReader(const std::string& folder) : folder_(folder) {
   options.path = folder;
   options.max_positions = 1;
   const std::string config_json = model_config_json(options), origin = origin_of(options);
-  if (says_bitsandbytes_nf4(config_json, origin)) {
+  if (const auto stored = stored_as_nf4(config_json, origin)) {
     options.quantization = "nf4";
-    options.double_quant =
-        parse_json(config_json, origin)["quantization_config"].value("bnb_4bit_use_double_quant", false);
+    options.double_quant = stored->double_quant;
   }
   Ledger ledger;
   outline_ = outline_model(options, *make_solo_communicator(at::kCPU, ledger));

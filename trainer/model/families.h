@@ -35,7 +35,8 @@ std::vector<std::string> shape_names();
 void check_model_config(const std::string& config_json, const std::string& origin, int tensor);
 
 /// Collective over tp (nothing is sent, all ranks call it). Reads config.json, picks the family by `model_type`, loads
-/// this rank's shards. InputError for missing, unused or misshapen tensors.
+/// this rank's shards. A head in the files that is not the embedding is the model's, whatever tie_word_embeddings says.
+/// InputError for missing, unused or misshapen tensors, for integer ones, and for values that are not finite.
 std::unique_ptr<Model> load_model(const ModelOptions& options, Communicator& tp);
 
 /// The model without its numbers (tensors of the meta device): the same checks of names and shapes, from headers alone.

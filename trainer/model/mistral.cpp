@@ -4,13 +4,16 @@
 namespace corank {
 
 DecoderConfig mistral_config(const ConfigFile& file) {
-  DecoderConfig c = llama_like_config(file);
-  if (file.has("layer_types")) file.refuse("layer_types is set");
-  if (!file.root().contains("sliding_window")) {
-    c.windows.assign(static_cast<size_t>(c.num_layers), 4096);  // Hugging Face's default; null switches it off
-  } else if (file.has("sliding_window")) {
-    c.windows.assign(static_cast<size_t>(c.num_layers), file.get_size("sliding_window"));
-  }
+  file.ignore({"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers"});  // no bias, one rule for all
+  DecoderConfig c = llama_like_config(file, {.vocab_size = 32000,
+                                             .hidden_size = 4096,
+                                             .intermediate_size = 14336,
+                                             .num_layers = 32,
+                                             .num_heads = 32,
+                                             .num_kv_heads = 8,
+                                             .max_positions = 131072,
+                                             .nullable = {"head_dim"}});
+  c.windows = layer_windows(file, c.num_layers, sliding_window(file, 4096));
   return c;
 }
 

@@ -4,36 +4,43 @@
 namespace corank {
 namespace {
 
+/// The sizes that transformers takes for both versions.
+FamilyDefaults qwen_defaults() {
+  return {.vocab_size = 151936,
+          .hidden_size = 4096,
+          .intermediate_size = 22016,
+          .num_layers = 32,
+          .num_heads = 32,
+          .num_kv_heads = 32,
+          .max_positions = 32768,
+          .nullable = {"num_key_value_heads"}};
+}
+
 /// Layers from max_window_layers on have a window, unless layer_types says which.
 std::vector<int64_t> qwen_windows(const ConfigFile& file, int64_t num_layers) {
-  const bool uses = file.get<bool>("use_sliding_window", false);
-  const int64_t window = uses ? file.get_size("sliding_window", 4096) : 0;
-  const int64_t first = uses ? file.get<int64_t>("max_window_layers", 28) : num_layers;
-  std::vector<std::string> types;
-  for (int64_t i = 0; i < num_layers; ++i) types.emplace_back(i < first ? "full_attention" : "sliding_attention");
-  types = file.get("layer_types", types);
-  if (static_cast<int64_t>(types.size()) != num_layers) file.fail("layer_types must name every layer");
-  std::vector<int64_t> windows;
-  for (const std::string& type : types) {
-    if (type != "full_attention" && type != "sliding_attention") file.refuse("layer_types holds " + type);
-    if (type == "sliding_attention" && !uses) file.fail("layer_types asks for a window, use_sliding_window is false");
-    windows.push_back(type == "sliding_attention" ? window : 0);
+  if (file.get<bool>("use_sliding_window", false)) {
+    return layer_windows(file, num_layers, sliding_window(file, 4096), file.get<int64_t>("max_window_layers", 28));
   }
-  return windows;
+  file.get_optional<int64_t>("sliding_window");  // not in use, but of the right types
+  file.get<int64_t>("max_window_layers", 0);
+  return layer_windows(file, num_layers, std::nullopt);
 }
 
 }  // namespace
 
 DecoderConfig qwen2_config(const ConfigFile& file) {
-  DecoderConfig c = llama_like_config(file);
+  file.ignore({"attention_bias", "mlp_bias"});  // q, k and v always have one, the others never
+  DecoderConfig c = llama_like_config(file, qwen_defaults());
   c.qkv_bias = true;
   c.windows = qwen_windows(file, c.num_layers);
   return c;
 }
 
 DecoderConfig qwen3_config(const ConfigFile& file) {
-  DecoderConfig c = llama_like_config(file);
-  c.head_dim = file.get_size("head_dim", 128);
+  file.ignore({"mlp_bias"});
+  FamilyDefaults defaults = qwen_defaults();
+  defaults.head_dim = 128;
+  DecoderConfig c = llama_like_config(file, defaults);
   c.qkv_bias = c.attention_out_bias = file.get<bool>("attention_bias", false);
   c.windows = qwen_windows(file, c.num_layers);
   c.names.q_norm = "self_attn.q_norm";

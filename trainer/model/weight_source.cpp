@@ -32,20 +32,34 @@ class FolderWeights : public WeightSource {
       throw InputError(fmt::format("{}: tensor {} has shape [{}], config.json asks for [{}].", file_.folder(), name,
                                    fmt::join(found, ", "), fmt::join(shape, ", ")));
     }
+    file_.require_floating(name);
     if (outline_) {
       file_.mark_used(name);
       return outline_of(shape, shard);
     }
-    if (shard.whole()) return file_.read(name);
+    if (shard.whole()) return finite(name, file_.read(name));
     const int64_t start = std::min(shard.start, shape[shard.dim]);
     const int64_t length = std::min(shard.block, shape[shard.dim] - start);
-    const at::Tensor part = file_.read_slice(name, shard.dim, start, length);
-    return take_shard(part, {shard.dim, 0, shard.block});
+    return take_shard(finite(name, file_.read_slice(name, shard.dim, start, length)), {shard.dim, 0, shard.block});
   }
 
   std::optional<ops::Nf4> read_nf4(const std::string& name, const std::vector<int64_t>& shape) override {
     if (!holds_nf4_) return std::nullopt;
     return read_bitsandbytes_nf4(file_, name, shape, outline_);
+  }
+
+  bool differ(const std::string& a, const std::string& b) override {
+    if (!file_.has(a) || !file_.has(b)) return false;
+    const TensorInfo &info = file_.info(a), &other = file_.info(b);
+    if (info.shape != other.shape) return true;
+    const int64_t rows = info.shape.empty() ? 0 : info.shape[0];
+    const int64_t piece = rows == 0 ? 1 : std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(1, info.bytes / rows));
+    for (int64_t start = 0; start < rows; start += piece) {
+      const int64_t length = std::min(piece, rows - start);
+      const at::Tensor mine = file_.read_slice(a, 0, start, length), theirs = file_.read_slice(b, 0, start, length);
+      if (!at::equal(mine.to(at::kDouble), theirs.to(at::kDouble))) return true;
+    }
+    return false;
   }
 
   void skip(const std::string& name) override {
@@ -54,6 +68,13 @@ class FolderWeights : public WeightSource {
   void finish() override { file_.require_all_used(); }
 
  private:
+  static constexpr int64_t kPieceBytes = int64_t{1} << 24;
+
+  at::Tensor finite(const std::string& name, at::Tensor values) const {
+    file_.require_finite(name, values);
+    return values;
+  }
+
   WeightFile file_;
   bool outline_, holds_nf4_;
 };
@@ -76,6 +97,7 @@ class RandomWeights : public WeightSource {
   }
 
   std::optional<ops::Nf4> read_nf4(const std::string&, const std::vector<int64_t>&) override { return std::nullopt; }
+  bool differ(const std::string&, const std::string&) override { return false; }
   void skip(const std::string&) override {}
   void finish() override {}
 

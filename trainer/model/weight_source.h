@@ -14,11 +14,13 @@ namespace corank {
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
-  /// The block of tensor `name` that `shard` names, on the CPU, padded with zeros. InputError if the tensor is absent
-  /// or has another shape than `shape`.
+  /// The block of tensor `name` that `shard` names, on the CPU, padded with zeros. InputError if the tensor is absent,
+  /// has another shape than `shape`, is not of a floating type or holds a value that is not finite.
   virtual at::Tensor read(const std::string& name, const std::vector<int64_t>& shape, const Shard& shard) = 0;
   /// All of weight `name`, on the CPU, where the files hold bitsandbytes' NF4; otherwise nothing.
   virtual std::optional<ops::Nf4> read_nf4(const std::string& name, const std::vector<int64_t>& shape) = 0;
+  /// Whether both tensors are there, and not equal in shape and values.
+  virtual bool differ(const std::string& a, const std::string& b) = 0;
   /// A tensor that this model does not need although the file may hold it (a tied head).
   virtual void skip(const std::string& name) = 0;
   /// Call when the model is complete: InputError if the files hold a tensor that nothing read.
