@@ -4,6 +4,9 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "configs/text.h"
 
 namespace corank {
 
@@ -13,7 +16,7 @@ Console::Console(bool leader, bool json)
 void Console::say(const std::string& text) {
   if (!leader_) return;
   if (bar_) fmt::print(stderr, "\r\033[K");
-  fmt::print(out_, "{}\n", text);
+  fmt::print(out_, "{}\n", printable_lines(text));
   std::fflush(out_);
 }
 
@@ -53,6 +56,10 @@ void Console::introduce(Session& session, const World& world, int threads) {
   const int64_t state = local * 4 * 4;  // masters, gradients, two moments, float32
   say(fmt::format("memory a rank: frozen and trained weights {}, adapter with gradients and moments {}",
                   human_bytes(base), human_bytes(state)));
+}
+
+std::string json_text(const nlohmann::ordered_json& value) {
+  return value.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
 std::string human_bytes(int64_t bytes) {

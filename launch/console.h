@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdio>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "launch/session.h"
@@ -26,6 +27,8 @@ class Console : public Observer {
   double seconds_per_step_ = 0;
 };
 
+/// `value` on one line; of strings that are no UTF-8 the wrong bytes are replaced.
+std::string json_text(const nlohmann::ordered_json& value);
 /// "21.0 MB", decimal units.
 std::string human_bytes(int64_t bytes);
 /// "4,884,480".
