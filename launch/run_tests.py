@@ -107,6 +107,7 @@ def main():
         ("format", format_check),
         ("C++", lambda: ctest(by_method)),
         ("commands", lambda: python_tests("tests/cli_test.py")),
+        ("adapter commands", lambda: python_tests("tests/cli_adapters_test.py")),
         ("Python tools", lambda: python_tests("tests/data_tools_test.py")),
         ("CUDA build", cuda_build),
     ):
