@@ -127,7 +127,7 @@ class HostileAdapters(AdapterCase):
         self.refused_by_all("slow_key", "rank_pattern", "takes too long", config={"rank_pattern": {r"([a-z_.]+)+[0-9]+\d": 4}})
         self.refused_by_all("long", "target_modules", "100000 bytes", config={"target_modules": "q" * 100_000})
         self.refused_by_all("recursive", "exclude_modules", config={"exclude_modules": "(?R)*"})
-        self.refused_by_all("deep", "nested deeper", text=good + ', "loftq_config": ' + deep)
+        self.refused_by_all("deep", "nested deeper", text=good + ', "future": ' + deep)
         self.refused_by_all("twice", "stands twice", text=good + ', "r": 2}')
         self.refused_by_all("nul", "NUL", text=(good + "}").encode() + b"\0{}")
         self.refused_by_all("bytes", text=(good + '}').encode() + b"\xff")

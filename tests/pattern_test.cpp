@@ -97,6 +97,8 @@ TEST(Pattern, GivesANamedGroup) {
   EXPECT_EQ(pattern.group(kModule, "idx"), "0");
   EXPECT_EQ(pattern.group("model.layers.99999999999999999999999.mlp", "idx"), "99999999999999999999999");
   EXPECT_EQ(pattern.group("lm_head", "idx"), std::nullopt);
+  const Pattern commented("x", R"(.*(?#(?P<idx>\d+))", Pattern::Extent::start, {});
+  EXPECT_EQ(commented.group(kModule, "idx"), std::nullopt);
 }
 
 }  // namespace

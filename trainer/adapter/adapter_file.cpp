@@ -21,14 +21,14 @@ namespace {
 constexpr int64_t kMaxConfigBytes = int64_t{1} << 24;
 constexpr const char* kPrefix = "base_model.model.";
 constexpr const char* kFormat = "corank-adapter";
-/// Embedding, head and last norm by the last part of their names, in every family.
-constexpr std::string_view kWholeModules[] = {"embed_tokens", "wte", "lm_head", "norm", "ln_f"};
+/// Embedding and head by the last part of their names, in every family.
+constexpr std::string_view kVocabularyModules[] = {"embed_tokens", "wte", "lm_head"};
 
 std::string module_of(const std::string& tensor) { return tensor.substr(0, tensor.rfind('.')); }
 
-bool is_whole_module(const std::string& module) {
+bool is_of_vocabulary(const std::string& module) {
   const std::string last = module.substr(module.rfind('.') + 1);
-  return std::count(std::begin(kWholeModules), std::end(kWholeModules), last) > 0;
+  return std::count(std::begin(kVocabularyModules), std::end(kVocabularyModules), last) > 0;
 }
 
 /// PEFT's spellings of one tensor -> the name corank uses.
@@ -275,7 +275,7 @@ void check_adapter(const AdapterFile& adapter, const std::string& origin) {
   }
   const std::vector<std::string> modules = adapted_modules(adapter);
   if (modules.empty()) refuse("holds tensors of no adapted module");
-  if (const auto other = std::find_if(modules.begin(), modules.end(), is_whole_module); other != modules.end()) {
+  if (const auto other = std::find_if(modules.begin(), modules.end(), is_of_vocabulary); other != modules.end()) {
     throw InputError(
         fmt::format("{}: target_modules: it adapts {}, and corank adapts the linears of the blocks only. Embedding, "
                     "last norm and head can be trained in full (modules_to_save); or merge this adapter with PEFT "
@@ -349,7 +349,7 @@ std::vector<std::string> saved_along(const AdapterFile& adapter) {
     const std::string module = module_of(entry.first).substr(std::string(kPrefix).size());
     const bool is_listed =
         std::any_of(listed.begin(), listed.end(), [&](const auto& one) { return is_of_module(entry.first, one); });
-    if (is_listed || entry.first.find(".lora_") != std::string::npos || !is_whole_module(module)) continue;
+    if (is_listed || entry.first.find(".lora_") != std::string::npos || !is_of_vocabulary(module)) continue;
     if (std::count(modules.begin(), modules.end(), module) == 0) modules.push_back(module);
   }
   return modules;

@@ -28,8 +28,8 @@ std::string quote(const std::string& text) { return "'" + printable(text, kShown
   place.fail(quote(text) + " is not a regular expression that can be read: " + why);
 }
 
-/// Python's spelling of an expression in PCRE2's. What only one of the two knows is refused here, what only Python
-/// refuses for its contents (an empty class, say) by PCRE2.
+/// Python's spelling of an expression in PCRE2's. What only PCRE2 knows is refused here, what neither can read (an
+/// empty class, say) by PCRE2.
 class Translation {
  public:
   Translation(std::string_view python, std::function<void(const std::string& why)> refuse)
@@ -150,7 +150,7 @@ class Translation {
     copy(2);
   }
 
-  /// Group `number` begins; 0: one that captures nothing.
+  /// A group begins; its number is 0 if it captures nothing.
   void begin(bool captures) { open_.push_back(captures ? ++num_groups_ : 0); }
 
   void open() {
@@ -199,9 +199,8 @@ class Translation {
     if (end == 2 || (last != ')' && last != ':')) fail("a group begins with ? and is of no known kind");
     if (last == ')' && (!at_start_ || kept.find('-') != std::string::npos)) fail("flags stand at the start only");
     if (last == ':') begin(/*captures=*/false);
-    const bool more = last == ')';  // flags may be followed by flags
     replace(end + 1, last == ':' ? "(?" + kept + ":" : kept.empty() ? "" : "(?" + kept + ")");
-    at_start_ = more;
+    at_start_ = last == ')';  // flags may be followed by flags
   }
 
   std::string_view rest_;
@@ -256,7 +255,7 @@ std::optional<std::string> Pattern::group(const std::string& name, const char* g
   const auto ends = match(name, 1);
   if (!ends) return std::nullopt;
   const int number = pcre2_substring_number_from_name(compiled_->code.get(), reinterpret_cast<PCRE2_SPTR>(group));
-  if (number < 0) throw InternalError(fmt::format("{} has no group {}", text_, group));
+  if (number < 0) return std::nullopt;
   const auto [begin, end] = ends->at(static_cast<size_t>(number));
   return begin == PCRE2_UNSET ? "" : name.substr(begin, end - begin);
 }

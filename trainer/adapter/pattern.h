@@ -29,7 +29,7 @@ class Pattern {
   const std::string& text() const { return text_; }
   /// `share`: one of how many patterns that are tried one after the other; they share the bound.
   bool matches(const std::string& name, size_t share = 1) const;
-  /// What the group (?P<group>...) of a match holds; empty where it took no part.
+  /// What the group (?P<group>...) of a match holds; empty where it took no part, none where there is no such group.
   std::optional<std::string> group(const std::string& name, const char* group) const;
 
  private:
