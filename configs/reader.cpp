@@ -12,6 +12,8 @@
 #include <set>
 #include <sstream>
 
+#include "configs/text.h"
+
 namespace corank {
 namespace {
 
@@ -43,12 +45,8 @@ std::string join(const std::vector<std::string>& parts, const std::string& separ
   return joined;
 }
 
-/// Text of a stranger for a message: short, and without control characters that a terminal would obey.
-std::string printable(const std::string& text) {
-  std::string shown;
-  for (unsigned char c : text.substr(0, kMaxShown)) shown += c < 0x20 || c == 0x7f ? '?' : static_cast<char>(c);
-  return "'" + shown + (text.size() > kMaxShown ? "...'" : "'");
-}
+/// Text of a stranger for a message.
+std::string quote(const std::string& text) { return "'" + printable(text, kMaxShown) + "'"; }
 
 std::string describe(const Node& node) {
   switch (node.kind) {
@@ -61,7 +59,7 @@ std::string describe(const Node& node) {
     case Node::Kind::scalar:
       break;
   }
-  return (node.quoted ? "the quoted text " : "") + printable(node.text);
+  return (node.quoted ? "the quoted text " : "") + quote(node.text);
 }
 
 /// Where a text comes from; overrides have no lines.
@@ -92,6 +90,7 @@ class TreeBuilder : public YAML::EventHandler {
   void OnNull(const YAML::Mark& mark, YAML::anchor_t anchor) override { add(mark, "", anchor); }
   void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
                 const std::string& value) override {
+    if (value.find('\0') != std::string::npos) refuse(mark, "a text cannot hold the character NUL; leave it out");
     if (expects_key()) {
       check(mark, tag, anchor);
       add_key(mark, value);
@@ -132,7 +131,7 @@ class TreeBuilder : public YAML::EventHandler {
     if (anchor != YAML::NullAnchor) refuse(mark, "anchors (&name) are not accepted; write the value out");
     // yaml-cpp marks plain nodes "?" and quoted ones "!"; everything else stands in the file.
     if (!tag.empty() && tag != "?" && tag != "!") {
-      refuse(mark, "the tag " + printable(tag) + " is not accepted; leave it out");
+      refuse(mark, "the tag " + quote(tag) + " is not accepted; leave it out");
     }
     if (++num_nodes_ > kMaxNodes) refuse(mark, "more than " + std::to_string(kMaxNodes) + " values");
   }
@@ -141,7 +140,7 @@ class TreeBuilder : public YAML::EventHandler {
     if (key == "<<") refuse(mark, "merge keys (<<) are not accepted; write the values out");
     Node& map = *open_.back().node;
     if (const Node* first = map.find(key)) {
-      refuse(mark, "the key " + printable(key) + " stands twice, first at " + first->place + "; keep one");
+      refuse(mark, "the key " + quote(key) + " stands twice, first at " + first->place + "; keep one");
     }
     Node& child = map.children.emplace_back();
     child.key = key;
@@ -177,24 +176,6 @@ class TreeBuilder : public YAML::EventHandler {
   size_t num_nodes_ = 0;
   int num_documents_ = 0;
 };
-
-/// Length of the UTF-8 sequence at `at`, 0 if there is none (RFC 3629: no overlong forms, no surrogates).
-size_t utf8_length(const std::string& text, size_t at) {
-  auto byte = [&](size_t i) { return at + i < text.size() ? static_cast<unsigned char>(text[at + i]) : 0u; };
-  const unsigned first = byte(0);
-  if (first < 0x80) return 1;
-  const size_t length = first >= 0xC2 && first <= 0xDF ? 2
-                        : (first & 0xF0) == 0xE0       ? 3
-                        : (first & 0xF8) == 0xF0       ? 4
-                                                       : 0;
-  for (size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xC0) != 0x80) return 0;
-  }
-  const unsigned second = byte(1);
-  const bool wrong = (first == 0xE0 && second < 0xA0) || (first == 0xED && second > 0x9F) ||
-                     (first == 0xF0 && second < 0x90) || (first == 0xF4 && second > 0x8F) || first > 0xF4;
-  return wrong ? 0 : length;
-}
 
 void check_text(const std::string& text, const Origin& origin) {
   if (text.size() > kMaxBytes) {
@@ -240,8 +221,8 @@ std::vector<std::string> split_path(const std::string& path) {
 Node& entry_of(Node& map, const std::string& key, const std::string& setting) {
   if (map.kind == Node::Kind::null) map.kind = Node::Kind::map;
   if (map.kind != Node::Kind::map) {
-    throw ConfigError(command_line().name + ": " + printable(setting) + ": " + printable(map.key) + " holds " +
-                      describe(map) + " (" + map.place + "), so nothing can be set below it; set the key itself.");
+    throw ConfigError(command_line().name + ": " + quote(setting) + ": " + quote(map.key) + " holds " + describe(map) +
+                      " (" + map.place + "), so nothing can be set below it; set the key itself.");
   }
   if (Node* found = map.find(key)) return *found;
   Node& made = map.children.emplace_back();
@@ -255,7 +236,7 @@ void remove_entry(Node& root, const std::vector<std::string>& parts, const std::
   Node* map = &root;
   for (size_t i = 0; map && i + 1 < parts.size(); ++i) map = map->find(parts[i]);
   if (!map || !map->find(parts.back())) {
-    throw ConfigError(command_line().name + ": " + printable(setting) +
+    throw ConfigError(command_line().name + ": " + quote(setting) +
                       ": null removes a key, and the file has no such key.");
   }
   std::erase_if(map->children, [&](const Node& child) { return child.key == parts.back(); });
@@ -282,7 +263,7 @@ bool is_whole(const Node& value, const std::string& text) {
 
 void lay_over(Node& root, const std::string& setting, std::set<std::string>& seen) {
   const auto refuse = [&](const std::string& message) {
-    throw ConfigError(command_line().name + ": " + printable(setting) + ": " + message + ".");
+    throw ConfigError(command_line().name + ": " + quote(setting) + ": " + message + ".");
   };
   const size_t equals = setting.find('=');
   const std::string path = setting.substr(0, equals);
@@ -520,7 +501,7 @@ std::string Section::get_choice(const std::string& key, const std::string& defau
                                 const std::vector<std::string>& allowed) const {
   const std::string value = get<std::string>(key, default_value);
   if (std::find(allowed.begin(), allowed.end(), value) == allowed.end()) {
-    fail(key, "must be one of " + join(allowed, ", ") + ", found " + printable(value) +
+    fail(key, "must be one of " + join(allowed, ", ") + ", found " + quote(value) +
                   (nearest(value, allowed) ? suggestion(value, allowed) : "."));
   }
   return value;
@@ -560,9 +541,12 @@ std::optional<std::string> nearest(std::string_view word, const std::vector<std:
     }
     return d[word.size()][other.size()];
   };
+  constexpr size_t kLongestWord = 100;
   std::optional<std::string> best;
+  if (word.size() > kLongestWord) return best;
   size_t smallest = std::max<size_t>(1, word.size() / 3) + 1;
   for (const std::string& candidate : known) {
+    if (candidate.size() > kLongestWord) continue;
     const size_t found = distance(candidate);
     if (found < smallest && found < candidate.size()) {
       smallest = found;

@@ -25,8 +25,8 @@ class Section {
   /// Parses `path` and lays `overrides` ("key.sub=value", value in YAML, each key once) over it. A value replaces what
   /// stood there, lists and maps as a whole; null takes the key away; what YAML would read in part only (" #" begins a
   /// comment) or as a map without braces is refused. Refused with ConfigError: more than one document,
-  /// anchors, aliases, tags, merge keys, duplicate keys, text that is not UTF-8, a file over 1 MB, 10,000 nodes or 32
-  /// levels. A missing file is a MissingError.
+  /// anchors, aliases, tags, merge keys, duplicate keys, text that is not UTF-8 or holds NUL, a file over 1 MB, 10,000
+  /// nodes or 32 levels. A missing file is a MissingError.
   static Section load(const std::string& path, const std::vector<std::string>& overrides = {});
   /// The same from text; `origin` stands for the file name in messages.
   static Section parse(const std::string& text, const std::string& origin,

@@ -1,5 +1,7 @@
 #pragma once
 #include <ATen/ATen.h>
+
+#define H5_USE_110_API  // the same names and types in later versions of HDF5
 #include <hdf5.h>
 
 #include <mutex>

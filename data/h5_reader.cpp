@@ -1,9 +1,9 @@
-#include <hdf5.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
+#include <set>
 #include <utility>
 
 #include "configs/error.h"
@@ -95,6 +95,12 @@ struct Reader::Impl {
     return own(H5Oopen(file.get(), name.c_str(), H5P_DEFAULT), H5Oclose, name + " cannot be opened");
   }
 
+  hsize_t size_of_file() const {
+    hsize_t bytes = 0;
+    if (H5Fget_filesize(file.get(), &bytes) < 0) refuse("its size cannot be read");
+    return bytes;
+  }
+
   void check_storage(const Dataset& dataset, const std::string& name) const {
     const Handle creation = own(H5Dget_create_plist(dataset.id.get()), H5Pclose, name + ": its layout cannot be read");
     const H5D_layout_t layout = H5Pget_layout(creation.get());
@@ -121,8 +127,7 @@ struct Reader::Impl {
     for (const int64_t size : dataset.shape) {
       if (__builtin_mul_overflow(bytes, size, &bytes)) refuse(name + " declares an impossible size");
     }
-    hsize_t file_bytes = 0;
-    if (H5Fget_filesize(file.get(), &file_bytes) < 0) refuse("its size cannot be read");
+    const hsize_t file_bytes = size_of_file();
     const hsize_t stored = H5Dget_storage_size(dataset.id.get());
     if (stored < static_cast<hsize_t>(bytes) || file_bytes < static_cast<hsize_t>(bytes)) {
       refuse(name + " declares " + std::to_string(bytes) + " bytes and stores " + std::to_string(stored));
@@ -162,7 +167,14 @@ struct Reader::Impl {
     return dataset;
   }
 
-  void collect(const std::string& group, int depth, std::vector<std::string>& found) const {
+  /// Hard links may lead to an object on many ways, or in a circle: each is to be met once.
+  void require_new(const Handle& object, const std::string& name, std::set<haddr_t>& met) const {
+    H5O_info_t info;
+    if (H5Oget_info2(object.get(), &info, H5O_INFO_BASIC) < 0) refuse(name + " cannot be looked up");
+    if (!met.insert(info.addr).second) refuse(name + " stands in the file under another name too");
+  }
+
+  void collect(const std::string& group, int depth, std::set<haddr_t>& met, std::vector<std::string>& found) const {
     if (depth > kMaxGroupDepth) refuse(group + " is nested too deeply");
     const Handle object = open_object(group);
     if (H5Iget_type(object.get()) != H5I_GROUP) refuse(group + " is not a group");
@@ -181,9 +193,11 @@ struct Reader::Impl {
     }
     for (const std::string& member : members) {
       const std::string name = group == "/" ? member : group + "/" + member;
-      const H5I_type_t kind = H5Iget_type(open_object(name).get());
+      const Handle one = open_object(name);
+      require_new(one, name, met);
+      const H5I_type_t kind = H5Iget_type(one.get());
       if (kind == H5I_GROUP) {
-        collect(name, depth + 1, found);
+        collect(name, depth + 1, met, found);
       } else if (kind == H5I_DATASET) {
         found.push_back(name);
       } else {
@@ -203,6 +217,10 @@ struct Reader::Impl {
     return {std::move(attribute), std::move(type)};
   }
 
+  void check_length(size_t bytes, const std::string& name) const {
+    if (bytes > size_of_file()) refuse("the attribute " + name + " declares more bytes than the file has");
+  }
+
   /// h5py's plain str attributes are of variable length.
   std::string read_variable_string(const Handle& attribute, const Handle& type, const std::string& name) const {
     char* text = nullptr;
@@ -213,7 +231,9 @@ struct Reader::Impl {
   }
 
   std::string read_fixed_string(const Handle& attribute, const Handle& type, const std::string& name) const {
-    std::string value(H5Tget_size(type.get()), '\0');
+    const size_t size = H5Tget_size(type.get());
+    check_length(size, name);
+    std::string value(size, '\0');
     if (H5Aread(attribute.get(), type.get(), value.data()) < 0) refuse("the attribute " + name + " cannot be read");
     return value.substr(0, value.find('\0'));
   }
@@ -269,7 +289,8 @@ bool Reader::has(const std::string& name) const {
 std::vector<std::string> Reader::names(const std::string& group) const {
   const Lock lock;
   std::vector<std::string> found;
-  impl_->collect(group, 0, found);
+  std::set<haddr_t> met;
+  impl_->collect(group, 0, met, found);
   std::sort(found.begin(), found.end());
   return found;
 }

@@ -1,4 +1,3 @@
-#include <hdf5.h>
 
 #include <algorithm>
 #include <cstring>

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
+#include "trainer/adapter/saved_along.h"
 #include "trainer/adapter/start.h"
 #include "trainer/checkpoint.h"
 #include "trainer/model/families.h"
@@ -55,8 +56,12 @@ nlohmann::ordered_json summary(const std::string& path, const AdapterFile& adapt
           {"lora_alpha", adapter.config.lora_alpha}};
 }
 
-BaseWeights base_weights(const std::string& folder, const AdapterFile& adapter) {
+BaseWeights base_weights(const std::string& folder, AdapterFile& adapter) {
   const auto reader = std::make_shared<LinearReader>(folder);
+  ModelOptions exact;
+  exact.path = folder;
+  exact.dtype = at::kFloat;
+  place_saved_along(adapter, reader->outline(), exact, "--base");
   ParameterStore store;
   const auto method = make_method(adapter.config);
   register_parameters(*method, reader->outline(), store, 0);

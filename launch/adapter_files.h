@@ -21,7 +21,7 @@ void refuse_foreign_folder(const std::string& folder);
 /// What --json says of an adapter written to `path`.
 nlohmann::ordered_json summary(const std::string& path, const AdapterFile& adapter);
 
-/// The weights of model folder `folder`, after a check that `adapter` fits it.
-BaseWeights base_weights(const std::string& folder, const AdapterFile& adapter);
+/// The weights of model folder `folder`, after a check that `adapter` fits it; which loses what it saved along of them.
+BaseWeights base_weights(const std::string& folder, AdapterFile& adapter);
 
 }  // namespace corank

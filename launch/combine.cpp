@@ -7,8 +7,10 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
+#include "configs/text.h"
 #include "launch/adapter_files.h"
 #include "launch/commands.h"
+#include "launch/console.h"
 
 // combine: several adapters of one model as one. No model and no GPU is needed.
 namespace corank {
@@ -40,9 +42,10 @@ int run_combine(const Arguments& a) {
   refuse_foreign_folder(a.output);
   const AdapterFile result = combine(read_all(a), a.how, a.rank);
   write_peft_folder(a.output, result);
-  fmt::print("{}\n", a.json ? summary(a.output, result).dump()
-                            : fmt::format("{}: {} adapters by {}, plain LoRA of rank {}, {} tensors.", a.output,
-                                          a.inputs.size(), a.how, result.config.r, result.tensors.size()));
+  fmt::print("{}\n", a.json
+                         ? json_text(summary(a.output, result))
+                         : printable(fmt::format("{}: {} adapters by {}, plain LoRA of rank {}, {} tensors.", a.output,
+                                                 a.inputs.size(), a.how, result.config.r, result.tensors.size())));
   return 0;
 }
 

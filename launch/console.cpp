@@ -4,6 +4,9 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "configs/text.h"
 
 namespace corank {
 
@@ -13,7 +16,7 @@ Console::Console(bool leader, bool json)
 void Console::say(const std::string& text) {
   if (!leader_) return;
   if (bar_) fmt::print(stderr, "\r\033[K");
-  fmt::print(out_, "{}\n", text);
+  fmt::print(out_, "{}\n", printable_lines(text));
   std::fflush(out_);
 }
 
@@ -68,6 +71,10 @@ std::vector<std::string> sample_remarks(const TokenFile& file, const SamplerOpti
                                 file.path(), grouped(cut), grouped(sampler.num_used()), options.seq_len));
   }
   return lines;
+}
+
+std::string json_text(const nlohmann::ordered_json& value) {
+  return value.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
 std::string human_bytes(int64_t bytes) {

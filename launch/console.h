@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdio>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "launch/session.h"
@@ -29,6 +30,8 @@ class Console : public Observer {
 /// How many samples of a token file are left out of a pass over it and how many are cut, a line each; none where all
 /// are whole.
 std::vector<std::string> sample_remarks(const TokenFile& file, const SamplerOptions& options);
+/// `value` on one line; of strings that are no UTF-8 the wrong bytes are replaced.
+std::string json_text(const nlohmann::ordered_json& value);
 /// "21.0 MB", decimal units.
 std::string human_bytes(int64_t bytes);
 /// "4,884,480".

@@ -4,9 +4,11 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
+#include "configs/text.h"
 #include "data/file.h"
 #include "launch/adapter_files.h"
 #include "launch/commands.h"
+#include "launch/console.h"
 
 // export: checkpoint -> PEFT folder; import: the way back. No GPU is needed.
 namespace corank {
@@ -21,7 +23,7 @@ struct Arguments {
 
 /// What was written: one JSON object, or a sentence.
 void report(const Arguments& a, const nlohmann::ordered_json& object, const std::string& text) {
-  fmt::print("{}\n", a.json ? object.dump() : text);
+  fmt::print("{}\n", a.json ? json_text(object) : printable(text));
 }
 
 int export_peft(const Arguments& a, const AdapterFile& adapter) {
@@ -47,7 +49,7 @@ std::string error_text(const PlainLora& plain) {
                      worst.first, sum / static_cast<double>(plain.errors.size()));
 }
 
-int export_plain_lora(const Arguments& a, const AdapterFile& adapter) {
+int export_plain_lora(const Arguments& a, AdapterFile adapter) {
   PlainLoraOptions options;
   options.rank = a.rank;
   options.max_error = a.max_error.value_or(options.max_error);
@@ -89,7 +91,9 @@ std::function<int(const World*)> declare_export(CLI::App& app) {
   app.add_option("--out", a->output, "folder to write")->required();
   app.add_option("--as", a->as, "peft, or plain-lora: one rank and one alpha, for consumers that know nothing else")
       ->check(CLI::IsMember({"peft", "plain-lora"}));
-  app.add_option("--base", a->base, "plain-lora of dora and mora: the folder of the base model");
+  app.add_option(
+      "--base", a->base,
+      "plain-lora of dora and mora, and of one with embedding or head saved along: the folder of the base model");
   app.add_option("--r", a->rank, "plain-lora of dora and mora: rank of the decomposition [twice the adapter's]")
       ->check(CLI::Range(int64_t{1}, kMaxRank));
   app.add_option("--max-error", a->max_error, "refuse a decomposition that loses more of an update [0.05]")

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
+#include "configs/text.h"
 #include "data/h5.h"
 #include "data/token_file.h"
 #include "data/weight_file.h"
@@ -118,11 +119,11 @@ ordered_json inspect(const std::string& path) {
 void print_text(const ordered_json& result) {
   for (const auto& [key, value] : result.items()) {
     if (key == "tensors") continue;
-    fmt::print("{}: {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+    fmt::print("{}: {}\n", printable(key), printable(value.is_string() ? value.get<std::string>() : json_text(value)));
   }
   if (!result.contains("tensors")) return;
   for (const auto& [name, t] : result["tensors"].items()) {
-    fmt::print("  {:<70} {:<14} {:>10}{}\n", name, t["shape"].dump(), human_bytes(t["bytes"].get<int64_t>()),
+    fmt::print("  {:<70} {:<14} {:>10}{}\n", printable(name), t["shape"].dump(), human_bytes(t["bytes"].get<int64_t>()),
                t.contains("norm") ? fmt::format("  norm {:.4g}", t["norm"].get<double>()) : "");
   }
 }
@@ -139,7 +140,7 @@ std::function<int(const World*)> declare_inspect(CLI::App& app) {
   app.add_flag("--json", a->json, "one JSON object");
   return [a](const World*) {
     const ordered_json result = inspect(a->path);
-    a->json ? fmt::print("{}\n", result.dump()) : print_text(result);
+    a->json ? fmt::print("{}\n", json_text(result)) : print_text(result);
     return 0;
   };
 }

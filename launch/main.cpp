@@ -9,9 +9,11 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <sstream>
 #include <thread>
 
 #include "configs/error.h"
+#include "configs/text.h"
 #include "launch/commands.h"
 
 namespace {
@@ -81,7 +83,8 @@ int run(Chosen& chosen, int* argc, char*** argv) {
 [[noreturn]] void end(const Chosen& chosen, corank::ExitCode code, const std::string& message) {
   // What every rank refuses is said once: rank 0 has this long to end the job.
   if (chosen.rank != 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
-  fmt::print(stderr, "corank: {}{}\n", chosen.rank == 0 ? "" : fmt::format("rank {}: ", chosen.rank), message);
+  fmt::print(stderr, "corank: {}{}\n", chosen.rank == 0 ? "" : fmt::format("rank {}: ", chosen.rank),
+             corank::printable(message));
   std::fflush(nullptr);
   if (chosen.among_peers) corank::World::abort(static_cast<int>(code));
   _exit(static_cast<int>(code));
@@ -105,7 +108,10 @@ int main(int argc, char** argv) {
   } catch (const corank::Error& e) {
     end(chosen, e.code(), e.what());
   } catch (const CLI::ParseError& e) {
-    const int code = app.exit(e);
+    std::ostringstream out, error;
+    const int code = app.exit(e, out, error);
+    fmt::print("{}", out.str());
+    fmt::print(stderr, "{}", corank::printable_lines(error.str()));
     return code == 0 ? 0 : static_cast<int>(corank::ExitCode::usage);
   }
   try {

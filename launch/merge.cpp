@@ -64,13 +64,12 @@ AdapterFile adapter_of(const RunConfig& run) {
 void report(const Arguments& a, const RunConfig& run, const MergeResult& result, bool dequantize) {
   const std::string base = dequantize ? "dequantized" : run.model.quantization == "none" ? "stored" : "original";
   if (a.json) {
-    fmt::print("{}\n", nlohmann::json{{"path", a.output},
-                                      {"base", base},
-                                      {"merged", result.merged},
-                                      {"replaced", result.replaced},
-                                      {"tensors", result.tensors},
-                                      {"bytes", result.bytes}}
-                           .dump());
+    fmt::print("{}\n", json_text({{"path", a.output},
+                                  {"base", base},
+                                  {"merged", result.merged},
+                                  {"replaced", result.replaced},
+                                  {"tensors", result.tensors},
+                                  {"bytes", result.bytes}}));
     return;
   }
   const std::string kind = dequantize         ? fmt::format(" of the {} base, dequantised,", run.model.quantization)

@@ -109,6 +109,7 @@ def main():
         ("commands", lambda: python_tests("tests/cli_test.py")),
         ("runs", lambda: python_tests("tests/cli_runs_test.py")),
         ("commands on model folders", lambda: python_tests("tests/cli_model_test.py")),
+        ("adapter commands", lambda: python_tests("tests/cli_adapters_test.py")),
         ("Python tools", lambda: python_tests("tests/data_tools_test.py")),
         ("samples", lambda: python_tests("tests/samples_test.py")),
         ("CUDA build", cuda_build),

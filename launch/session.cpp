@@ -10,6 +10,7 @@
 
 #include "data/file.h"
 #include "launch/adapter_files.h"
+#include "trainer/adapter/saved_along.h"
 #include "trainer/adapter/start.h"
 #include "trainer/agree.h"
 
@@ -39,6 +40,7 @@ RunConfig with_trained_adapter(RunConfig run, bool quantised) {
 
 AdapterFile read_run_adapter(const RunConfig& run, Model& model) {
   AdapterFile file = read_checked(run.adapter.path);
+  place_saved_along(file, model, run.model, run.adapter.path);
   file.config = merge_with_file(run.adapter, run.adapter_keys, file.config, linear_names(model));
   return file;
 }
@@ -65,7 +67,11 @@ Inference::Inference(RunConfig run, const std::vector<NamedAdapter>& adapters, b
   model_ = load_model(run.model, mesh_->tp());
   adapters_ = std::make_unique<AdapterSet>(*model_, *mesh_, run.model.dtype, merged);
   if (!run.adapter.path.empty()) adapters_->load("default", read_run_adapter(run, *model_));
-  for (const NamedAdapter& adapter : adapters) adapters_->load(adapter.name, read_checked(adapter.path));
+  for (const NamedAdapter& adapter : adapters) {
+    AdapterFile file = read_checked(adapter.path);
+    place_saved_along(file, *model_, run.model, adapter.path);
+    adapters_->load(adapter.name, file);
+  }
 }
 
 int share_cores(const World& world) {

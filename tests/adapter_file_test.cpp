@@ -5,6 +5,7 @@
 #include "tests/golden_case.h"
 #include "trainer/adapter/combine.h"
 #include "trainer/adapter/plain_lora.h"
+#include "trainer/adapter/saved_along.h"
 #include "trainer/checkpoint.h"
 #include "trainer/generation.h"
 
@@ -341,24 +342,26 @@ const std::vector<FieldCase>& field_cases() {
       {"base_model_name_or_path", {nullptr, "some/model"}, {}},
       {"revision", {nullptr, "main"}, {}},
       {"inference_mode", {true, false}, {}},
-      {"r", {1, 8}, {0, -1, 2.5, "8"}},
+      {"r", {1, 8}, {0, -1, 2.5, "8", nullptr, true, 1e300, uint64_t{1} << 63}},
       {"target_modules",
        {json{"q_proj"}, ".*q_proj", "all-linear", "ALL-LINEAR"},
-       {nullptr, json::array(), 3, "(q_proj", json{1}}},
-      {"exclude_modules", {nullptr, json{"k_proj"}, ".*k_proj"}, {3, "(k_proj"}},
-      {"lora_alpha", {1, 8.5}, {0, "8", -1}},
-      {"lora_dropout", {0.0, 0.5}, {1.0, -0.1, "0"}},
+       {nullptr, json::array(), 3, "(q_proj", json{1}, "", "(?x) .*q_proj"}},
+      {"exclude_modules", {nullptr, json{"k_proj"}, ".*k_proj", ""}, {3, "(k_proj", R"(.*k_proj\z\z\K)"}},
+      {"lora_alpha", {1, 8.5}, {0, "8", -1, nullptr, true, 1e300}},
+      {"lora_dropout", {0.0, 0.5}, {1.0, -0.1, "0", nullptr}},
       {"fan_in_fan_out", {true, false}, {"no"}},
-      {"bias", {"none"}, {"all", "lora_only", true}},
+      {"bias", {"none"}, {"all", "lora_only", true, nullptr}},
       {"use_rslora", {true, false}, {"yes"}},
-      {"modules_to_save", {nullptr, json{"lm_head"}}, {"lm_head", 3}},
+      {"modules_to_save", {nullptr, json::array(), json{"lm_head"}}, {"lm_head", 3, json{1}}},
       {"init_lora_weights",
        {true, false, nullptr, "gaussian", "Gaussian", "orthogonal", "eva", "mica"},
        {"pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga", "other", 3}},
-      {"layers_to_transform", {nullptr, json::array(), 1, json{0, 1}}, {json{7}, "1", 0.5}},
-      {"layers_pattern", {nullptr, json::array()}, {"layers", json{"layers"}}},
-      {"rank_pattern", {json::object(), {{"q_proj", 4}}}, {{{"q_proj", 0}}, {{"q_proj", "4"}}, json{4}}},
-      {"alpha_pattern", {json::object(), {{"q_proj", 4.5}}}, {{{"q_proj", -1}}, {{"q_proj", "4"}}, json{4}}},
+      {"layers_to_transform", {nullptr, json::array(), 1, json{0, 1}}, {json{7}, "1", 0.5, -1, 1e300, true}},
+      {"layers_pattern", {nullptr, json::array(), ""}, {"layers", json{"layers"}, 3}},
+      {"rank_pattern",
+       {json::object(), {{"q_proj", 4}}},
+       {{{"q_proj", 0}}, {{"q_proj", "4"}}, json{4}, nullptr, {{"(q", 4}}, {{"q_proj", nullptr}}, {{"(?i)q_proj", 4}}}},
+      {"alpha_pattern", {json::object(), {{"q_proj", 4.5}}}, {{{"q_proj", -1}}, {{"q_proj", "4"}}, json{4}, nullptr}},
       {"megatron_config", {nullptr}, {{{"hidden_size", 64}}}},
       {"megatron_core", {"megatron.core", nullptr}, {}},
       {"trainable_token_indices", {nullptr, json::array()}, {json{1, 2}, {{"embed_tokens", json{1}}}}},
@@ -380,7 +383,7 @@ const std::vector<FieldCase>& field_cases() {
       {"kasa_config", {nullptr}, {{{"beta", 1e-4}}}},
       {"ensure_weight_tying", {false}, {true}},
       {"use_mora", {true, false}, {"yes"}},
-      {"mora_type", {1, 6}, {"6"}},
+      {"mora_type", {1, 6}, {"6", 5, 0, nullptr}},
       {"merge_weights", {false}, {true}},  // PEFT 0.1
       {"use_something_new", {false, nullptr, json::array(), json::object(), ""}, {true, 1, "on", {{"a", 1}}}},
   };
@@ -391,11 +394,11 @@ const std::vector<FieldCase>& adalora_cases() {
   static const std::vector<FieldCase> cases{
       {"peft_type", {"ADALORA"}, {}},
       {"target_r", {8, 0}, {-1, 13, "8"}},
-      {"init_r", {12}, {0, "12"}},
+      {"init_r", {12}, {0, "12", nullptr}},
       {"tinit", {0, 5}, {-1, "0"}},
       {"tfinal", {0, 5}, {-1, "0"}},
       {"deltaT", {1, 10}, {0, "1"}},
-      {"beta1", {0.85}, {1.0, "0"}},
+      {"beta1", {0.85}, {1.0, "0", nullptr}},
       {"beta2", {0.85}, {0.0, "0"}},
       {"orth_reg_weight", {0.5, 0}, {-1, "0"}},
       {"total_step", {100}, {"100", 1.5}},
@@ -449,8 +452,100 @@ TEST(PeftFields, TwoMethodsInOneFileAreRefused) {
   expect_refused<InputError>([&] { parse_peft_config(config.dump(), "file", {}); }, {"use_dora", "use_mora"});
 }
 
-/// A copy of a folder of PEFT's, with other settings and without some tensors.
-void write_changed(const std::string& folder, const std::string& to, const json& changes, const std::string& without) {
+/// Whatever stands in a field, of any method: it is taken, or refused in one short message that names the file.
+TEST(PeftFields, NoValueDoesMoreThanBeRefused) {
+  const std::vector<std::string> modules{"model.layers.0.self_attn.q_proj",
+                                         fmt::format("model.layers.{}.self_attn.q_proj", "1180591620717411303424")};
+  json deep = 1;
+  for (int i = 0; i < 25; ++i) deep = json{{"a", json::array({deep})}};
+  const std::vector<json> values{nullptr,
+                                 true,
+                                 "",
+                                 "text",
+                                 std::string(100'000, 'x'),
+                                 -1,
+                                 0,
+                                 1.5,
+                                 1e300,
+                                 uint64_t{1} << 63,
+                                 json::array(),
+                                 json{1},
+                                 json{"x", 1},
+                                 json{json{"x"}},
+                                 json::object(),
+                                 {{"a", 1}},
+                                 {{"a", json{true}}},
+                                 {{"", -1}},
+                                 {{"a", {{"b", nullptr}}}},
+                                 {{"(", 1}},
+                                 deep};
+  std::vector<std::string> fields;
+  for (const auto* cases : {&field_cases(), &adalora_cases()}) {
+    for (const FieldCase& field : *cases) fields.emplace_back(field.field);
+  }
+  int64_t taken = 0, refused = 0;
+  for (const json& method :
+       {json{{"peft_type", "LORA"}}, json{{"peft_type", "ADALORA"}}, json{{"peft_type", "LORA"}, {"use_dora", true}},
+        json{{"peft_type", "LORA"}, {"use_mora", true}}, json{{"peft_type", "LORA"}, {"layers_to_transform", 0}}}) {
+    for (const std::string& field : fields) {
+      for (const json& value : values) {
+        json config = method;
+        config["target_modules"] = {"q_proj"};
+        config[field] = value;
+        try {
+          parse_peft_config(config.dump(), "adapter_config.json", modules);
+          ++taken;
+        } catch (const InputError& error) {
+          EXPECT_TRUE(std::string(error.what()).starts_with("adapter_config.json: ")) << error.what();
+          EXPECT_LT(std::string(error.what()).size(), 500u) << error.what();
+          ++refused;
+        }
+      }
+    }
+  }
+  EXPECT_GT(taken, 500);
+  EXPECT_GT(refused, 2000);
+}
+
+TEST(PeftFields, TextThatIsNoStrictJsonIsRefused) {
+  const std::string good = R"({"peft_type": "LORA", "target_modules": ["q_proj"], "r": 8)";
+  EXPECT_NO_THROW(parse_peft_config(good + "}", "file", {}));
+  const std::string deep(300'000, '[');
+  for (const auto& [text, word] :
+       std::vector<std::pair<std::string, std::string>>{{good + R"(, "r": 16})", "twice"},
+                                                        {good + "}" + std::string("\0", 1), "NUL"},
+                                                        {good + "} x", "JSON"},
+                                                        {"\xef\xbb\xbf" + good + "}", "byte order mark"},
+                                                        {good + R"(, "loftq_config": )" + deep, "nested deeper"},
+                                                        {good + R"(, "a": )" + std::string(300'000, '{'), "JSON"},
+                                                        {good + ", \"revision\": \"\xff\"}", "JSON"},
+                                                        {good + R"(, "lora_alpha": 1e999})", "JSON"},
+                                                        {good + R"(, "lora_alpha": NaN})", "JSON"},
+                                                        {"", "JSON"},
+                                                        {"[]", "object"},
+                                                        {"null", "object"}}) {
+    expect_refused<InputError>([&] { parse_peft_config(text, "file", {}); }, {word, "file"});
+  }
+}
+
+TEST(PeftFields, KeysOfPatternsAreBoundedInNumber) {
+  json config{{"peft_type", "LORA"}, {"target_modules", {"q_proj"}}};
+  for (int i = 0; i < 10'000; ++i) config["rank_pattern"][fmt::format("layers.{}.q_proj", i)] = 4;
+  expect_refused<InputError>([&] { parse_peft_config(config.dump(), "file", {}); },
+                             {"file: rank_pattern", "10000 keys"});
+}
+
+TEST(PeftFields, ALayerNumberBeyondEveryNumberIsNotListed) {
+  const std::string huge = "model.layers.1180591620717411303424.self_attn.q_proj",
+                    real = "model.layers.1.self_attn.q_proj";
+  const json config{{"peft_type", "LORA"}, {"target_modules", {"q_proj"}}, {"layers_to_transform", {1}}};
+  EXPECT_EQ(parse_peft_config(config.dump(), "file", {huge, real}).target_modules.names,
+            std::vector<std::string>{real});
+}
+
+/// A copy of a folder of PEFT's, with other settings, without some tensors and with others.
+void write_changed(const std::string& folder, const std::string& to, const json& changes, const std::string& without,
+                   const NamedTensors& more = {}) {
   json config = json::parse(read_file(golden(folder + "/adapter_config.json")));
   config.update(changes);
   make_folders(to);
@@ -460,6 +555,7 @@ void write_changed(const std::string& folder, const std::string& to, const json&
   for (const auto& entry : file.tensors()) {
     if (entry.first.find(without) == std::string::npos) tensors.emplace_back(entry.first, file.read(entry.first));
   }
+  tensors.insert(tensors.end(), more.begin(), more.end());
   write_file_atomically(to + "/adapter_model.safetensors", safetensors_image(tensors));
 }
 
@@ -479,6 +575,191 @@ TEST(PeftFields, APickleIsRefused) {
   write_changed("methods/combine/first", folder.path("a"), json::object(), "nothing");
   std::filesystem::rename(folder.path("a/adapter_model.safetensors"), folder.path("a/adapter_model.bin"));
   expect_refused<InputError>([&] { read_adapter(folder.path("a")); }, {"adapter_model.bin", "save_pretrained"});
+}
+
+TEST(PeftFields, ShardsAreRefused) {
+  const TemporaryFolder folder;
+  write_changed("methods/combine/first", folder.path("a"), json::object(), "nothing");
+  std::filesystem::rename(folder.path("a/adapter_model.safetensors"),
+                          folder.path("a/adapter_model-00001-of-00001.safetensors"));
+  write_file_atomically(folder.path("a/adapter_model.safetensors.index.json"), "{}");
+  expect_refused<InputError>([&] { read_adapter(folder.path("a")); }, {"several files", "save_pretrained"});
+}
+
+TEST(PeftTensors, WholeNumbersAreRefused) {
+  const TemporaryFolder folder;
+  for (const at::ScalarType type : {at::kLong, at::kInt, at::kChar, at::kByte, at::kBool}) {
+    const std::string name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
+    write_changed("methods/combine/first", folder.path("a"), json::object(), "nothing",
+                  {{name, at::ones({4, 64}, type)}});
+    expect_refused<InputError>([&] { read_adapter(folder.path("a")); },
+                               {"adapter_model.safetensors", name, c10::toString(type)});
+  }
+}
+
+TEST(PeftTensors, HalfPrecisionGoesThroughAFileOfOurs) {
+  AdapterFile file = combine_input("first");
+  for (auto& [name, tensor] : file.tensors) tensor = tensor.to(at::kBFloat16);
+  const TemporaryFolder folder;
+  write_file_atomically(folder.path("a.h5"), adapter_h5_image(file));
+  const AdapterFile back = read_adapter(folder.path("a.h5"));
+  ASSERT_EQ(back.tensors.size(), file.tensors.size());
+  const std::map<std::string, at::Tensor> tensors(back.tensors.begin(), back.tensors.end());
+  for (const auto& [name, tensor] : file.tensors)
+    EXPECT_TRUE(at::equal(tensors.at(name), tensor.to(at::kFloat))) << name;
+}
+
+/// PEFT leaves embedding and head in the block of linears where they are adapted too, with lora_embedding_A.
+TEST(PeftTensors, AnAdapterOnEmbeddingOrHeadIsRefusedByName) {
+  const std::string start = "base_model.model.";
+  const NamedTensors head{{start + "lm_head.lora_A.weight", at::ones({4, 64})},
+                          {start + "lm_head.lora_B.weight", at::ones({256, 4})}};
+  const NamedTensors embedding{{start + "model.embed_tokens.lora_embedding_A", at::ones({4, 256})},
+                               {start + "model.embed_tokens.lora_embedding_B", at::ones({64, 4})},
+                               {start + "model.embed_tokens.base_layer.weight", at::ones({256, 64})}};
+  for (const auto& [module, tensors] : {std::pair{"lm_head", head}, std::pair{"model.embed_tokens", embedding}}) {
+    const TemporaryFolder folder;
+    write_changed("methods/combine/first", folder.path("a"), json::object(), "nothing", tensors);
+    std::string said;
+    try {
+      check_adapter(read_adapter(folder.path("a")), "a");
+    } catch (const InputError& error) {
+      said = error.what();
+    }
+    for (const char* word : {"a: target_modules", module, "modules_to_save"})
+      EXPECT_NE(said.find(word), std::string::npos) << said;
+    EXPECT_EQ(said.find("damaged"), std::string::npos) << said;
+  }
+}
+
+/// An adapter of the untied or of the tied golden model, with tensors saved along.
+AdapterFile with_along(const std::string& adapter, const NamedTensors& along) {
+  const TemporaryFolder folder;
+  write_changed(adapter, folder.path("a"), json::object(), "nothing", along);
+  AdapterFile file = read_adapter(folder.path("a"));
+  check_adapter(file, "a");
+  return file;
+}
+
+AdapterFile placed(AdapterFile file, const ModelOptions& options) {
+  Ledger ledger;
+  place_saved_along(file, *outline_model(options, *make_solo_communicator(at::kCPU, ledger)), options, "a");
+  return file;
+}
+
+const std::string kEmbedding = "base_model.model.model.embed_tokens.weight", kHead = "base_model.model.lm_head.weight";
+
+TEST(SavedAlong, WhatIsTheBasesIsLeftOut) {
+  WeightFile base(llama().path);
+  const at::Tensor embedding = base.read("model.embed_tokens.weight"), head = base.read("lm_head.weight");
+  const size_t plain = combine_input("first").tensors.size();
+  for (const NamedTensors& along : {NamedTensors{{kEmbedding, embedding}, {kHead, head}},
+                                    NamedTensors{{kEmbedding, embedding}}, NamedTensors{{kHead, head}}}) {
+    const AdapterFile file = with_along("methods/combine/first", along);
+    EXPECT_EQ(saved_along(file).size(), along.size());
+    const AdapterFile result = placed(file, llama());
+    EXPECT_EQ(result.tensors.size(), plain);
+    EXPECT_TRUE(result.config.modules_to_save.empty());
+  }
+  // in 16 bits a model computes with what is left of both
+  ModelOptions half = llama();
+  half.dtype = at::kBFloat16;
+  const AdapterFile rounded = with_along("methods/combine/first", {{kHead, head.to(at::kBFloat16)}});
+  EXPECT_TRUE(placed(rounded, half).config.modules_to_save.empty());
+  EXPECT_EQ(placed(rounded, llama()).config.modules_to_save, std::vector<std::string>{"lm_head"});
+}
+
+/// As PEFT loads it: the logits are those of a base that holds the tensor.
+TEST(SavedAlong, OtherValuesTakeThePlaceOfTheBases) {
+  const std::vector<int64_t> tokens{3, 1, 4, 1, 5, 9, 2, 6};
+  WeightFile base(llama().path);
+  NamedTensors weights, along;
+  for (const std::string& name : base.names()) {
+    at::Tensor tensor = base.read(name);
+    if (name == "lm_head.weight" || name == "model.embed_tokens.weight") {
+      tensor = tensor * 1.5;
+      along.emplace_back("base_model.model." + name, tensor);
+    }
+    weights.emplace_back(name, tensor);
+  }
+  const TemporaryFolder folder;
+  make_folders(folder.path("model"));
+  std::filesystem::copy(llama().path + "/config.json", folder.path("model/config.json"));
+  write_file_atomically(folder.path("model/model.safetensors"), safetensors_image(weights));
+  ModelOptions other = llama();
+  other.path = folder.path("model");
+  const AdapterFile plain = combine_input("first"), file = placed(with_along("methods/combine/first", along), llama());
+  EXPECT_EQ(file.config.modules_to_save, (std::vector<std::string>{"lm_head", "model.embed_tokens"}));
+  TrainingRun expected(nullptr, 1, other, plain.config, {}, 42, &plain);
+  const at::Tensor logits = all_logits(*expected.model, tokens, expected.mesh.tp());
+  EXPECT_LT(relative_error(logits_of(file, tokens), logits), 1e-6);
+  EXPECT_GT(relative_error(logits_of(plain, tokens), logits), 1e-2);
+}
+
+TEST(SavedAlong, OfATiedModelOnlyItsOwnIsTaken) {
+  ModelOptions tied = llama();
+  tied.path = golden("llama_tied_llama3rope/model");
+  const std::string adapter = "llama_tied_llama3rope/adapter";
+  const at::Tensor embedding = WeightFile(tied.path).read("model.embed_tokens.weight");
+  const AdapterFile same = placed(with_along(adapter, {{kEmbedding, embedding}, {kHead, embedding}}), tied);
+  EXPECT_EQ(same.tensors.size(), read_adapter(golden(adapter)).tensors.size());
+  EXPECT_TRUE(same.config.modules_to_save.empty());
+  for (const std::string& name : {kEmbedding, kHead}) {
+    expect_refused<InputError>(
+        [&] {
+          placed(with_along(adapter, {{name, embedding * 2}}), tied);
+        },
+        {"a: " + name, "tied", "model.path"});
+  }
+}
+
+TEST(SavedAlong, AResizedVocabularyIsRefusedWithBothShapes) {
+  const at::Tensor head = WeightFile(llama().path).read("lm_head.weight");
+  const int64_t rows = head.size(0), columns = head.size(1);
+  const AdapterFile file = with_along("methods/combine/first", {{kHead, at::cat({head, at::zeros({2, columns})})}});
+  expect_refused<InputError>([&] { placed(file, llama()); },
+                             {kHead, fmt::format("[{}, {}]", rows + 2, columns), fmt::format("[{}, {}]", rows, columns),
+                              "resize_token_embeddings"});
+  expect_refused<InputError>(
+      [&] {
+        placed(with_along("methods/combine/first", {{"base_model.model.transformer.wte.weight", head}}), llama());
+      },
+      {"transformer.wte.weight", "another model"});
+}
+
+/// modules_to_save with save_embedding_layers: PEFT 0.21 writes three copies of the module.
+TEST(SavedAlong, CopiesOfAModuleToSaveAreOne) {
+  const at::Tensor head = WeightFile(llama().path).read("lm_head.weight") * 2;
+  const TemporaryFolder folder;
+  const auto write = [&](const at::Tensor& second) {
+    write_changed("methods/combine/first", folder.path("a"), {{"modules_to_save", {"lm_head"}}}, "nothing",
+                  {{kHead, head},
+                   {"base_model.model.lm_head.modules_to_save.weight", second},
+                   {"base_model.model.lm_head.original_module.weight", head * 0}});
+  };
+  write(head);
+  const AdapterFile file = read_adapter(folder.path("a"));
+  check_adapter(file, "a");
+  EXPECT_EQ(file.tensors.size(), combine_input("first").tensors.size() + 1);
+  write(head * 3);
+  expect_refused<InputError>([&] { read_adapter(folder.path("a")); }, {kHead, "twice"});
+}
+
+TEST(SavedAlong, StaysBesideTheAdapterInFilesAndIsNotCombined) {
+  const at::Tensor head = WeightFile(llama().path).read("lm_head.weight");
+  const AdapterFile file = with_along("methods/combine/first", {{kHead, head}});
+  const TemporaryFolder folder;
+  write_file_atomically(folder.path("a.h5"), adapter_h5_image(file));
+  write_peft_folder(folder.path("b"), read_adapter(folder.path("a.h5")));
+  const AdapterFile back = read_adapter(folder.path("b"));
+  EXPECT_EQ(saved_along(back), std::vector<std::string>{"lm_head"});
+  EXPECT_TRUE(back.config.modules_to_save.empty());
+  expect_refused<ConfigError>([&] { to_plain_lora(file, {}); }, {"lm_head", "--base"});
+  expect_refused<ConfigError>(
+      [&] {
+        combine({{"one", file, 1}, {"two", file, 1}}, "cat", {});
+      },
+      {"one", "lm_head", "--base"});
 }
 
 /// Whatever the folder's layout: [out, in], as the model itself takes it.

@@ -926,7 +926,7 @@ class Runs(Case):
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": "16"}))
         result = corank("inspect", adapter)
         self.assertEqual(result.returncode, 65)
-        self.assertIn("lora_alpha has the wrong type", result.stderr)
+        self.assertIn('lora_alpha is "16", not a number', result.stderr)
 
     def test_adapter_of_another_model(self):
         self.succeed(self.train("train.max_steps=1"))

@@ -7,6 +7,9 @@
 #include <fstream>
 #include <functional>
 
+#include "configs/text.h"
+#include "configs/writer.h"
+
 namespace corank {
 namespace {
 
@@ -40,6 +43,75 @@ void expect_wrong(const std::string& value) {
 template <class T>
 T value_of(const std::string& value) {
   return Section::parse("key: " + value, "run.yaml").get<T>("key");
+}
+
+TEST(Reader, DepthSizeAndKeysAreBounded) {
+  const std::string deep(300'000, '[');
+  expect_refused("a: " + std::string(40, '[') + std::string(40, ']'), "run.yaml:1", "nested deeper than 32 levels");
+  expect_refused("a: " + deep, "run.yaml:1", "");  // what YAML takes for a key is refused first
+  expect_refused("a: " + std::string(300'000, '{'), "run.yaml:1", "a key must be a word");
+  std::string block;
+  for (int i = 0; i < 40; ++i) block += std::string(static_cast<size_t>(i), ' ') + "a:\n";
+  expect_refused(block, "run.yaml:33", "nested deeper than 32 levels");
+  expect_refused("a: " + std::string(1'000'001, 'x'), "run.yaml", "larger than 1000000 bytes");
+  std::string dashes;
+  for (int i = 0; i < 100'000; ++i) dashes += "- ";
+  expect_refused("a:\n  " + dashes, "run.yaml:2", "nested deeper than 32 levels");
+  for (const std::string& value : {deep, std::string(300'000, '{'), "{a: " + deep, std::string(100, '[')})
+    EXPECT_NE(config_error([&] { Section::parse("a: 1", "run.yaml", {"b=" + value}); }), "");
+}
+
+TEST(Reader, NulIsRefusedAndAByteOrderMarkIsNone) {
+  expect_refused("a: \"x\\0y\"", "run.yaml:1", "NUL");
+  expect_refused("\"x\\0y\": 1", "run.yaml:1", "NUL");
+  expect_refused(std::string("a: x\0y", 7), "run.yaml:1", "not UTF-8");
+  EXPECT_EQ(Section::parse("\xef\xbb\xbf"
+                           "a: 1\n",
+                           "run.yaml")
+                .get<int64_t>("a"),
+            1);
+}
+
+TEST(Reader, AnUnknownKeyOfMegabytesIsRefusedAtOnce) {
+  const Section run = Section::parse("? " + std::string(900'000, 'k') + "\n: 1\n", "run.yaml");
+  for (const char* key : {"model", "data", "train", "parallel"}) run.has(key);
+  EXPECT_NE(config_error([&] { run.done(); }).find("unknown key"), std::string::npos);
+}
+
+/// What the writer writes is read back as it was.
+TEST(Writer, TextsComeBack) {
+  std::string every;
+  for (char c = 1; c < 127; ++c) every += c;
+  for (const std::string& text : {std::string(), std::string(" a "), std::string("a\nb: c\n# identity: x"),
+                                  std::string("\ttab\r\v\f\a\b\x1b[31m"), std::string("\"quoted\" \\ back\\n"), every,
+                                  std::string("\u0085 \u009b \u2028 \u2029 \ufeff \u202e \u00e4 \U0001f600"),
+                                  std::string("null"), std::string("~"), std::string("<<"), std::string("- a"),
+                                  std::string("&a *b !c %d @e `f"), std::string(2000, 'x')}) {
+    const std::string line = "a: " + yaml::quoted(text) + "\n";
+    EXPECT_EQ(line.find('\n'), line.size() - 1) << "one line";
+    EXPECT_EQ(Section::parse(line, "run.yaml").get<std::string>("a"), text) << line;
+    const Strings two{text, "b"};
+    EXPECT_EQ(Section::parse("a: " + yaml::list(two), "run.yaml").get<Strings>("a"), two);
+    if (text == "<<") continue;  // no key
+    const std::vector<std::pair<std::string, double>> entries{{text, 4}, {"z", 1e30}, {"y", 0.1}};
+    EXPECT_EQ(Section::parse("a: " + yaml::map(entries), "run.yaml").get_ordered("a"), entries) << line;
+  }
+  EXPECT_THROW(yaml::quoted("a\xff"), ConfigError);
+}
+
+TEST(Text, IsShownAndNeverObeyed) {
+  EXPECT_EQ(printable("plain \u00e4 \U0001f600 'x' \\"), "plain \u00e4 \U0001f600 'x' \\");
+  EXPECT_EQ(printable("\x1b[31mred\x7f\r\n\t\u009b\u202e\u2066\xff\xc3"),
+            R"(\x1b[31mred\x7f\x0d\n\t\u009b\u202e\u2066\xff\xc3)");
+  EXPECT_EQ(printable_lines("a\x1b\n\nb\n"), "a\\x1b\n\nb\n");
+  const std::string cut = printable(std::string(1'000'000, 'a') + "end");
+  EXPECT_LT(cut.size(), 4200u);
+  EXPECT_NE(cut.find("bytes left out"), std::string::npos);
+  EXPECT_TRUE(cut.ends_with("aend"));
+  std::string umlauts;
+  for (int i = 0; i < 5000; ++i) umlauts += "\u00e4";
+  EXPECT_TRUE(is_utf8(printable("x" + umlauts)));
+  EXPECT_EQ(printable("x" + umlauts).find("\\x"), std::string::npos) << "cut between characters";
 }
 
 TEST(Reader, ReadsEveryType) {

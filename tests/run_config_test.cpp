@@ -1,3 +1,6 @@
+#include <fstream>
+#include <sstream>
+
 #include "launch/checks.h"
 #include "tests/support.h"
 
@@ -106,6 +109,215 @@ TEST(Methods, OneOverrideMakesAnotherMethodOfALoraRun) {
       EXPECT_EQ(complaint({"adapter.method=" + method, "model.quantization=" + format}).empty(), !refused)
           << method << " " << format;
     }
+  }
+}
+
+// ---- every key of the run file
+
+enum class Kind { text, name, whole, number, flag, list, numbers, map, pattern };
+
+/// One key, the method beside which it stands, and what else the file holds then.
+struct Key {
+  std::string section, name;
+  Kind kind;
+  std::string method = "lora";
+};
+
+std::vector<Key> all_keys() {
+  std::vector<Key> keys{
+      {"model", "path", Kind::text},
+      {"model", "shape", Kind::text},
+      {"model", "dtype", Kind::name},
+      {"model", "quantization", Kind::name},
+      {"model", "double_quant", Kind::flag},
+      {"data", "train", Kind::text},
+      {"data", "eval", Kind::text},
+      {"data", "seq_len", Kind::whole},
+      {"data", "packing", Kind::flag},
+      {"data", "shuffle", Kind::flag},
+      {"parallel", "tensor", Kind::whole},
+      {"parallel", "backend", Kind::name},
+      {"parallel", "shard_base", Kind::name},
+      {"train", "max_steps", Kind::whole},
+      {"train", "num_train_epochs", Kind::number},
+      {"train", "warmup_steps", Kind::whole},
+      {"train", "warmup_ratio", Kind::number},
+      {"train", "global_batch_size", Kind::whole},
+      {"train", "micro_batch_size", Kind::whole},
+      {"train", "learning_rate", Kind::number},
+      {"train", "lr_scheduler_type", Kind::name},
+      {"train", "weight_decay", Kind::number},
+      {"train", "adam_beta1", Kind::number},
+      {"train", "adam_beta2", Kind::number},
+      {"train", "adam_epsilon", Kind::number},
+      {"train", "max_grad_norm", Kind::number},
+      {"train", "seed", Kind::whole},
+      {"train", "activation_checkpointing", Kind::name},
+      {"train", "reproducible", Kind::flag},
+      {"", "output_dir", Kind::text},
+      {"", "logging_steps", Kind::whole},
+      {"", "eval_steps", Kind::whole},
+      {"", "save_steps", Kind::whole},
+      {"", "save_total_limit", Kind::whole},
+      {"", "resume", Kind::text},
+  };
+  const std::map<std::string, Kind> adapter{
+      {"method", Kind::name},
+      {"r", Kind::whole},
+      {"lora_alpha", Kind::number},
+      {"lora_dropout", Kind::number},
+      {"use_rslora", Kind::flag},
+      {"target_modules", Kind::pattern},
+      {"exclude_modules", Kind::pattern},
+      {"rank_pattern", Kind::map},
+      {"alpha_pattern", Kind::map},
+      {"init_lora_weights", Kind::name},
+      {"loraplus_lr_ratio", Kind::number},
+      {"modules_to_save", Kind::list},
+      {"mora_type", Kind::whole},
+      {"remora_steps", Kind::whole},
+      {"remora_types", Kind::numbers},
+      {"remora_warmup_steps", Kind::whole},
+      {"pissa_niter", Kind::whole},
+      {"pissa_iterations", Kind::whole},
+      {"init_r", Kind::whole},
+      {"target_r", Kind::whole},
+      {"tinit", Kind::whole},
+      {"tfinal", Kind::whole},
+      {"deltaT", Kind::whole},
+      {"beta1", Kind::number},
+      {"beta2", Kind::number},
+      {"orth_reg_weight", Kind::number},
+      {"path", Kind::text},
+  };
+  for (const AdapterKey& key : adapter_keys()) {
+    keys.push_back({"adapter", key.name, adapter.at(key.name), key.methods.empty() ? "lora" : key.methods.front()});
+  }
+  return keys;
+}
+
+/// Values that no key of the kind takes.
+std::vector<std::string> bad_values(Kind kind) {
+  const std::string deep = std::string(40, '[') + "1" + std::string(40, ']');
+  std::vector<std::string> values{"", "~", "{a: {b: 1}}", "[[1]]", deep, "*alias", "!!binary eA=="};
+  const auto add = [&](const std::vector<std::string>& more) { values.insert(values.end(), more.begin(), more.end()); };
+  const std::vector<std::string> no_numbers{"word",
+                                            "true",
+                                            "[1]",
+                                            "[]",
+                                            R"("1")",
+                                            R"("")",
+                                            "1e999",
+                                            ".nan",
+                                            "-.inf",
+                                            "0x10",
+                                            "1_000",
+                                            "-1e30",
+                                            "99999999999999999999999999999999999999999e999"};
+  switch (kind) {
+    case Kind::text:
+      add({"[a]", "[]", R"("a\0b")"});
+      break;
+    case Kind::name:
+      add({"zzz", "-1", R"("")", "[lora]", "1e999", R"("lora\n")"});
+      break;
+    case Kind::whole:
+      add(no_numbers);
+      add({"1.5", "-1", "9223372036854775808", "1e3"});
+      break;
+    case Kind::number:
+      add(no_numbers);
+      add({"-1"});
+      break;
+    case Kind::flag:
+      add({"1", "yes", "True", R"("true")", R"("")", "[true]"});
+      break;
+    case Kind::list:
+      add({"word", "3", R"("")", "{a: 1}"});
+      break;
+    case Kind::numbers:
+      add({"word", "3", R"("")", "[a]", "[1.5]", "[-1]", "[]", "[1e999]"});
+      break;
+    case Kind::map:
+      add({"word", "[a]", "3", R"("")", "{a: word}", "{a: -1}", "{a: 0}", "{a: 1e999}", "{a: }", R"({"(": 1})",
+           "{a: 1, a: 2}"});
+      break;
+    case Kind::pattern:
+      add({R"("")", "[]", "(q", R"('(\w+\.?)+\K')", "'(?R)'", "{a: 1}"});
+      break;
+  }
+  return values;
+}
+
+/// The run file of a run with `value` under `key`.
+std::string run_with(const Key& key, const std::string& value) {
+  std::map<std::string, std::map<std::string, std::string>> sections{
+      {"model", {{"shape", "tiny-llama"}}},
+      {"adapter", {{"method", key.method}}},
+      {"train", {{"max_steps", "2"}}},
+  };
+  if (key.method == "mora" && key.name.starts_with("remora_")) sections["adapter"]["remora_steps"] = "100";
+  if (key.name == "path" && key.section == "model") sections["model"].clear();
+  if (key.name == "double_quant") sections["model"]["quantization"] = "nf4";
+  sections[key.section][key.name] = value;
+  std::string text;
+  for (const auto& [section, entries] : sections) {
+    if (!section.empty()) text += section + ":\n";
+    for (const auto& [name, written] : entries) text += (section.empty() ? "" : "  ") + name + ": " + written + "\n";
+  }
+  return text;
+}
+
+TEST(RunFile, EveryKeyRefusesWhatItCannotBe) {
+  const TemporaryFolder folder;
+  const std::string path = folder.path("run.yaml");
+  for (const Key& key : all_keys()) {
+    const std::string name = (key.section.empty() ? "" : key.section + ".") + key.name;
+    for (const std::string& value : bad_values(key.kind)) {
+      SCOPED_TRACE(name + ": " + value);
+      std::ofstream(path) << run_with(key, value);
+      std::string said;
+      try {
+        read_run(path, {});
+        ADD_FAILURE() << "taken";
+      } catch (const ConfigError& error) {  // anything else ends the test
+        said = error.what();
+      }
+      const bool is_yaml = said.find(".yaml:") != std::string::npos && said.find(name) == std::string::npos;
+      EXPECT_TRUE(is_yaml ? value.size() > 5 : said.find(name) != std::string::npos) << said;
+      EXPECT_LT(said.size(), 1000u);
+    }
+  }
+}
+
+TEST(RunFile, AKeyOfEverySectionIsInTheTable) {
+  const RunConfig run = read_run(repository("configs/tiny.yaml"), {});
+  std::set<std::string> known;
+  for (const Key& key : all_keys()) known.insert(key.name);
+  std::istringstream lines(run.yaml());
+  int64_t compared = 0;
+  for (std::string line; std::getline(lines, line); ++compared) {
+    const std::string key = line.substr(line.find_first_not_of(' '), line.find(':') - line.find_first_not_of(' '));
+    EXPECT_TRUE(line.ends_with(":") || known.contains(key)) << line;
+  }
+  EXPECT_GT(compared, 30);
+}
+
+/// run.yaml is a run file: whatever stands in its texts, reading it gives the run again.
+TEST(RunFile, IsReadBackAsItWasWritten) {
+  const TemporaryFolder folder;
+  const std::string nasty = "a\nresume: never\n# identity: \"x\" \\ {b: [c]} \t\x1b \u202e\u00e4 #: - ";
+  for (const std::string& text : {nasty, std::string(" x "), std::string("null"), std::string(2000, 'k')}) {
+    RunConfig run = read_run(repository("configs/tiny.yaml"), {});
+    run.output_dir = run.data.train = run.data.eval = run.resume = run.adapter.path = text;
+    run.adapter.modules_to_save = {text};
+    run.adapter.exclude_modules = {{text}, {}};
+    run.adapter.rank_pattern = {{"q_proj", 4}, {std::string(1500, 'k'), 8}};
+    std::ofstream(folder.path("run.yaml")) << run.yaml();
+    const RunConfig back = read_run(folder.path("run.yaml"), {});
+    EXPECT_EQ(back.yaml(), run.yaml());
+    for (const std::string& read : {back.output_dir, back.data.train, back.data.eval, back.resume, back.adapter.path})
+      EXPECT_EQ(read, text);
   }
 }
 

@@ -40,6 +40,9 @@ peft_targets.json: which modules of the llama case PEFT adapts, with r, alpha an
 class name of PEFT's exception. "saved" is what a reader of the adapter_config.json gets, where that
 differs: PEFT sorts the keys of the patterns when it saves, and the first match wins.
 
+python_patterns.json: names of modules, and of each pattern which of them re.fullmatch and PEFT's
+rule for keys of patterns find; null where Python refuses the expression.
+
 rope_inverse_frequencies.json: transformers' fp32 values for shapes of published models.
 """
 
@@ -50,6 +53,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -519,6 +523,31 @@ SETTINGS = {
     "regex with layers_to_transform": dict(target_modules=".*q_proj", layers_to_transform=[0]),
     "regex with layers_pattern": dict(target_modules=".*q_proj", layers_pattern="layers"),
     "layers_pattern alone": dict(target_modules=["q_proj"], layers_pattern=["layers"]),
+    "regex, ignoring case": dict(target_modules=r"(?i).*\.Q_PROJ"),
+    "regex with lookbehind": dict(target_modules=r".*(?<=self_attn\.)[qv]_proj"),
+    "regex with a named group": dict(target_modules=r".*\.(?P<n>[0-9])\.mlp\.(up|down)_proj(?(n)|x)"),
+    "regex with a reference": dict(target_modules=r"model\.(?P<n>l)ayers\.0\.m(?P=n)p\.\w+_proj"),
+    "regex with Python's end": dict(target_modules=r"\A.*_attn\..*proj\Z"),
+    "regex that is not greedy": dict(target_modules=r".*?\.0\..*?proj"),
+    "regex, fixed start of layers": dict(target_modules=r"^model\.layers\.[0-0]\..*proj"),
+    "regex, counted": dict(target_modules=r"(\w+\.){3,4}[a-z]{1,5}_proj"),
+    "regex with PCRE's syntax": dict(target_modules=r".*(?<n>q)_proj"),
+    "regex with a bad end": dict(target_modules=r".*q_proj\z"),
+    "exclude regex, ignoring case": dict(target_modules=LINEARS, exclude_modules=r"(?i).*\.MLP\..*"),
+    "rank_pattern with lookbehind": dict(target_modules=LINEARS, rank_pattern={r"(?<=self_attn\.)\w+": 3}),
+    "rank_pattern, ignoring case inside": dict(target_modules=LINEARS, rank_pattern={r"(?i:Q_PROJ)": 3}),
+    "rank_pattern, ignoring case": dict(target_modules=LINEARS, rank_pattern={r"(?i)Q_PROJ": 3}),
+    "rank_pattern with Python's end": dict(target_modules=LINEARS, rank_pattern={r"q_proj\Z": 3}),
+    "rank_pattern, parentheses closed": dict(target_modules=LINEARS, rank_pattern={"q_proj)|(.*k_proj": 3}),
+    "rank_pattern of the first layers": dict(target_modules=LINEARS, rank_pattern={r"^model\.layers\.[0]\..*": 3}),
+    "layers_pattern is a regex": dict(
+        target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=[r"l\w+s"]),
+    "layers_pattern, the first that matches": dict(
+        target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["blocks", "(?i:LAYERS)"]),
+    "layers_pattern with alternatives": dict(
+        target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["h|layers"]),
+    "layers_pattern of no layer": dict(
+        target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["h"]),
     "rank zero": dict(target_modules=["q_proj"], r=0),
     "rank negative": dict(target_modules=["q_proj"], r=-1),
     "rank_pattern zero": dict(target_modules=["q_proj"], rank_pattern={"q_proj": 0}),
@@ -573,6 +602,51 @@ def make_peft_targets(out):
     write_rows(out / "peft_targets.json", rows)
 
 
+# Python's regular expressions
+
+PATTERN_NAMES = [
+    "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.10.mlp.down_proj",
+    "model.layers.3.mlp.gate_proj", "transformer.h.0.attn.c_attn", "lm_head"]
+PATTERNS = [
+    r".*q_proj", r"(?i).*Q_PROJ", r"(?i:.*Q_)proj", r".*(?=q_proj).*", r".*(?<=self_attn\.)[qv]_proj",
+    r"(?P<a>.*)\.(?P<b>q)_proj", r".*(?P<x>l)ayers\.(?P=x)?.*", r".*proj\Z", r"\Amodel.*", r".*?proj",
+    r".*layers\.\d+\.mlp.*", r".*\d{1,2}.*", r".*\d{,2}\..*", r".*[0-9]{2}.*", r"^model\.layers\.[0-3]\..*", r".*$",
+    r".*\z", r"model\.layers\.(1[0-9]|2[0-9])\..*", r"(?>.*)q_proj", r".*+", r".*\v", r"[\w.]+", r"[[:alpha:]]+",
+    r"[]a-z._0-9]+", r"[^]]+", r"(?a).*\w", r"(?u).*", r"(?L).*", r"(?s).*", r"(?m)^.*$", r"a(?i).*",
+    r"(.)(.).*\2\1.*", r".*(l)\1.*", r".*\x6c.*", r".*\u006c.*", r".*\154ayers.*", r".*\0", r".*\8", r"\1(.*)",
+    r"(\1.*)", r"(?(1)a|.*)", r"(m)?(?(1)odel|trans).*", r"(?P<n>m)?(?(n)odel|trans).*", r"(?<n>.*)", r"(?|a|b)",
+    r"(?R)", r"(?1)(.*)", r"(?&n)", r"(*ACCEPT).*", r"(?C).*", r"\Qmodel\E.*", r"\p{L}.*", r"\R", r"\K.*", r"\h",
+    r"\N", r"\Gmodel.*", r".*(?#comment)proj", r".*proj(?#", r"{,}", r"m{,}odel.*", r"m{}odel.*", r"m{a}.*",
+    r"m{1}o{1,1}d{0,1}.*", r"m{1, 2}odel", r"m{2,1}", r"*", r"+a", r"(", r")", r"a)(b", r"[", r"[a", 'a\\\\', r"",
+    r"|", r"q_proj|.*v_proj", r".*(q_proj|v_proj)", r"(?:.*\.)?q_proj", r".*[\d].*", r".*[\-_].*", r".*[\b].*",
+    r"\bmodel\b.*", r".*\B_proj", r"(?!transformer).*", r".*(?<!self_attn)\.[a-z]+_proj", r"(?i-s:MODEL).*",
+    r"(?-i:model).*", r"(?i)(?s)MODEL.*", r"(?i)MODEL(?-i:.*)", r"m{0}odel.*", r"(?:m{1,}o)+.*",
+    r"model\.layers\.[0-9]+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj",
+    r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp).*?(?:q_proj|k_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp)\.(?:(?:q_proj|k_proj|v_proj)))",
+    r".*\_proj", r".*\ü?.*", r"[a-z\]_.0-9]+", r"[\1]", r"[\12]", r"\400", r"\777", r".*\.\d*\..*?_(?:proj|attn)",
+    r"q_proj", r"layers\.[01]\.self_attn\.q_proj", r"^model\.layers\.0.*", r"self_attn.*", r"_proj", r"a)|(.*q_proj",
+    r"layers.(0|1).*", r"(?i)q_proj", r"[^.]*", r"down_proj|mlp.down_proj", r"(?:q|v)_proj$", r"(?<=attn\.)q_proj",
+    r"[\1-\5a-z._]+", r"(?i)MODEL\.LAYERS\.\d+\.[A-Z_]+\.[QV]_PROJ", r".*\Bproj", r"(?:model|transformer)(?:\.\w+)*",
+    r"(?P<a>\w)(?P<b>\w)(?P=b)?.*", r"(?P<a>.)(?P<a>.)", r"(?P<1a>.)", r"(?P=a)", r".*{2}", r"x**", r"\w{3,1}", r"(?",
+    r"(?P", r"(?P<a", r"(?i", r"(?:", r"a(?=", r"[z-a]", r"\x6", r"\u00", r"\U0000006dodel.*",
+    r"m\odel",]
+
+
+def matches(match, pattern):
+    try:
+        return [bool(match(pattern, name)) for name in PATTERN_NAMES]
+    except re.error:
+        return None
+
+
+def make_patterns(out):
+    """What re.fullmatch and PEFT's rule for keys find in PATTERN_NAMES; null: not a regular expression."""
+    rows = [{"pattern": pattern, "names": matches(re.fullmatch, pattern),
+             "keys": matches(lambda key, name: re.match(rf"(.*\.)?({key})$", name), pattern)}
+            for pattern in PATTERNS]
+    write_rows(out / "python_patterns.json", [{"modules": PATTERN_NAMES}, *rows])
+
+
 # Rotary frequencies
 
 def rope_llama3(factor, theta=500000.0, original=8192):
@@ -615,7 +689,7 @@ def write_versions(out, digest):
 
 def main():
     others = {"single_layer": make_single_layer, "peft_targets": make_peft_targets,
-              "rope": make_ropes}
+              "patterns": make_patterns, "rope": make_ropes}
     names = [*CASES, *others, "smollm2"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)

@@ -3,26 +3,33 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <filesystem>
+#include <functional>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <set>
 
+#include "configs/text.h"
 #include "data/file.h"
 #include "data/h5.h"
+#include "data/json_object.h"
 #include "data/safetensors.h"
 #include "trainer/adapter/methods.h"
 
 namespace corank {
 namespace {
 
-using nlohmann::json;
-using nlohmann::ordered_json;
-
 constexpr int64_t kMaxConfigBytes = int64_t{1} << 24;
 constexpr const char* kPrefix = "base_model.model.";
 constexpr const char* kFormat = "corank-adapter";
+/// Embedding and head by the last part of their names, in every family.
+constexpr std::string_view kVocabularyModules[] = {"embed_tokens", "wte", "lm_head"};
+
+std::string module_of(const std::string& tensor) { return tensor.substr(0, tensor.rfind('.')); }
+
+bool is_of_vocabulary(const std::string& module) {
+  const std::string last = module.substr(module.rfind('.') + 1);
+  return std::count(std::begin(kVocabularyModules), std::end(kVocabularyModules), last) > 0;
+}
 
 /// PEFT's spellings of one tensor -> the name corank uses.
 std::string canonical_name(std::string name) {
@@ -52,13 +59,30 @@ AdaLoraConfig merge_adalora(const AdaLoraConfig& run, const std::vector<std::str
   return merged;
 }
 
-void refuse_pickles(const std::string& folder) {
+void require_weights(const std::string& folder) {
   namespace fs = std::filesystem;
-  if (fs::exists(folder + "/adapter_model.safetensors") || !fs::exists(folder + "/adapter_model.bin")) return;
-  throw InputError(fmt::format(
-      "{}: holds adapter_model.bin only, a pickle, which can run programs when it is read. Load it with PEFT where you "
-      "trust it and save it again with save_pretrained, which writes adapter_model.safetensors.",
-      folder));
+  if (fs::exists(folder + "/adapter_model.safetensors")) return;
+  constexpr const char* kRemedy = "Load it with PEFT and save it again with save_pretrained";
+  if (fs::exists(folder + "/adapter_model.bin")) {
+    throw InputError(
+        fmt::format("{}: holds adapter_model.bin only, a pickle, which can run programs when it is read. {} where you "
+                    "trust it, which writes adapter_model.safetensors.",
+                    folder, kRemedy));
+  }
+  if (fs::exists(folder + "/adapter_model.safetensors.index.json")) {
+    throw InputError(
+        fmt::format("{}: holds its tensors in several files (adapter_model.safetensors.index.json), which are not put "
+                    "together. {}, which writes one adapter_model.safetensors.",
+                    folder, kRemedy));
+  }
+}
+
+void require_floating(at::ScalarType dtype, const std::string& tensor, const std::string& file) {
+  if (at::isFloatingType(dtype)) return;
+  throw InputError(
+      fmt::format("{}: tensor {} is of type {}, and those of an adapter are floating-point numbers. It was quantised, "
+                  "or is no adapter.",
+                  file, tensor, c10::toString(dtype)));
 }
 
 /// The file's types and matrices; of the restarts to come what the run file writes.
@@ -80,20 +104,82 @@ RemoraConfig merge_remora(const AdapterConfig& run, bool types_written, const Ad
   return merged;
 }
 
+/// `read`, whose refusals begin with the file's name.
+void read_under(const std::string& path, const std::function<void()>& read) {
+  try {
+    read();
+  } catch (const InputError& error) {
+    throw InputError(path + ": " + error.what());
+  }
+}
+
+std::vector<std::string> modules_of(const std::vector<std::string>& tensors) {
+  std::vector<std::string> modules;
+  std::set<std::string> seen;
+  for (const std::string& name : tensors) {
+    const size_t end = name.find(".lora_");
+    if (!name.starts_with(kPrefix)) throw InputError("not a tensor name of an adapter: " + name);
+    if (end == std::string::npos) continue;  // of modules_to_save
+    const std::string module = name.substr(std::string(kPrefix).size(), end - std::string(kPrefix).size());
+    if (seen.insert(module).second) modules.push_back(module);
+  }
+  return modules;
+}
+
+/// The file's tensors under corank's names. Of modules_to_save PEFT may leave copies: under two names, and the value
+/// before training (original_module), which has no effect.
+NamedTensors read_tensors(const SafetensorsFile& file) {
+  NamedTensors tensors;
+  std::map<std::string, at::Tensor> seen;
+  for (const auto& [stored, info] : file.tensors()) {
+    if (stored.find(".original_module.") != std::string::npos) continue;
+    require_floating(info.dtype, stored, file.path());
+    const std::string name = canonical_name(stored);
+    const at::Tensor tensor = file.read(stored);
+    const auto [other, is_new] = seen.emplace(name, tensor);
+    if (is_new) {
+      tensors.emplace_back(name, tensor);
+    } else if (!at::equal(tensor, other->second)) {
+      throw InputError(
+          fmt::format("{}: holds {} twice, under two spellings and with two values. Remove one.", file.path(), name));
+    }
+  }
+  return tensors;
+}
+
 AdapterFile read_peft_folder(const std::string& folder) {
-  refuse_pickles(folder);
-  AdapterFile adapter;
+  require_weights(folder);
   const std::string config_path = folder + "/adapter_config.json";
   const std::string text = read_file(config_path, kMaxConfigBytes);
   const SafetensorsFile file(folder + "/adapter_model.safetensors");
-  for (const auto& entry : file.tensors())
-    adapter.tensors.emplace_back(canonical_name(entry.first), file.read(entry.first));
-  adapter.config = parse_peft_config(text, config_path, adapted_modules(adapter));
-  adapter.base_model = json::parse(text).value("base_model_name_or_path", json()).is_string()
-                           ? json::parse(text)["base_model_name_or_path"].get<std::string>()
-                           : "";
-  make_method(adapter.config)->from_peft(adapter);
+  std::vector<std::string> names;
+  for (const auto& entry : file.tensors()) names.push_back(canonical_name(entry.first));
+  AdapterFile adapter;
+  adapter.config = parse_peft_config(text, config_path, modules_of(names));
+  const auto base = JsonObject(text, config_path).value("base_model_name_or_path");
+  if (base.is_string()) adapter.base_model = base.get<std::string>();
+  adapter.tensors = read_tensors(file);
+  read_under(file.path(), [&] { make_method(adapter.config)->from_peft(adapter); });
   return adapter;
+}
+
+std::string read_text(const h5::Reader& file, const std::string& attribute) {
+  std::string text = file.attribute_string(attribute);
+  if (!is_utf8(text)) throw InputError(fmt::format("{}: attribute {} is not UTF-8 text.", file.origin(), attribute));
+  return text;
+}
+
+/// Under which method the file's tensors are read.
+std::string read_method(const h5::Reader& file) {
+  const std::string method = read_text(file, "method");
+  if (method == "full") {
+    throw InputError(file.origin() +
+                     ": holds the weights of a full fine-tuning, not an adapter. Use the run's model folder instead.");
+  }
+  const std::vector<std::string> known = method_names();
+  if (std::count(known.begin(), known.end(), method) > 0) return method;
+  throw InputError(
+      fmt::format("{}: attribute method is {}, not one of {}.", file.origin(), method, fmt::join(known, ", ")));
 }
 
 AdapterFile read_h5(const std::string& path) {
@@ -101,17 +187,17 @@ AdapterFile read_h5(const std::string& path) {
   if (!file.has_attribute("format") || file.attribute_string("format") != kFormat) {
     throw InputError(path + ": not an adapter file of corank (attribute format is missing or another).");
   }
-  if (file.attribute_string("method") == "full") {
-    throw InputError(path +
-                     ": holds the weights of a full fine-tuning, not an adapter. Use the run's model folder instead.");
-  }
+  const std::string method = read_method(file);
   AdapterFile adapter;
   adapter.config = parse_peft_config(file.attribute_string("adapter_config"), path, {});
-  adapter.base_model = file.attribute_string("base_model");
-  for (const std::string& name : file.names())
-    adapter.tensors.emplace_back(name.substr(name.find_first_not_of('/')), file.read(name));
-  adapter.config.method = file.attribute_string("method");
-  make_method(adapter.config)->from_checkpoint(adapter);
+  adapter.base_model = read_text(file, "base_model");
+  for (const std::string& name : file.names()) {
+    if (!is_utf8(name)) throw InputError(fmt::format("{}: the name of {} is not UTF-8 text.", path, name));
+    require_floating(file.dtype(name), name, path);
+    adapter.tensors.emplace_back(name.substr(std::min(name.find_first_not_of('/'), name.size())), file.read(name));
+  }
+  adapter.config.method = method;
+  read_under(path, [&] { make_method(adapter.config)->from_checkpoint(adapter); });
   return adapter;
 }
 
@@ -122,8 +208,7 @@ bool has_shape(const at::Tensor& tensor, const std::vector<int64_t>& shape) {
 
 /// True for base_model.model.<path>.<module>.<parameter>.
 bool is_of_module(const std::string& tensor, const std::string& module) {
-  const std::string path = tensor.substr(0, tensor.rfind('.'));
-  return path.ends_with("." + module);
+  return module_of(tensor).ends_with("." + module);
 }
 
 /// modules_to_save by their full names: PEFT takes a short one for every module whose name ends so, "norm" for
@@ -136,8 +221,7 @@ std::vector<std::string> saved_in_full(const AdapterFile& adapter) {
     if (found == adapter.tensors.end()) {
       throw InputError(fmt::format("modules_to_save names {}, of which there is no tensor.", saved));
     }
-    const std::string path = found->first.substr(0, found->first.rfind('.'));
-    modules.push_back(path.substr(std::string(kPrefix).size()));
+    modules.push_back(module_of(found->first).substr(std::string(kPrefix).size()));
   }
   return modules;
 }
@@ -147,6 +231,15 @@ bool same_modules(const std::vector<std::string>& a, const std::vector<std::stri
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const std::string& one, const std::string& other) {
     return one == other || one.ends_with("." + other) || other.ends_with("." + one);
   });
+}
+
+std::vector<std::string> targets_of(const AdapterConfig& file, const std::vector<std::string>& linears,
+                                    const std::string& path) {
+  try {
+    return select_targets(file, linears);
+  } catch (const ConfigError& error) {  // not the run file's
+    throw InputError(path + ": " + error.what());
+  }
 }
 
 std::string model_card(const AdapterFile& adapter) {
@@ -182,6 +275,13 @@ void check_adapter(const AdapterFile& adapter, const std::string& origin) {
   }
   const std::vector<std::string> modules = adapted_modules(adapter);
   if (modules.empty()) refuse("holds tensors of no adapted module");
+  if (const auto other = std::find_if(modules.begin(), modules.end(), is_of_vocabulary); other != modules.end()) {
+    throw InputError(
+        fmt::format("{}: target_modules: it adapts {}, and corank adapts the linears of the blocks only. Embedding, "
+                    "last norm and head can be trained in full (modules_to_save); or merge this adapter with PEFT "
+                    "(merge_and_unload) and take the result as the base.",
+                    origin, *other));
+  }
   const auto method = make_method(adapter.config);
   for (const std::string& module : modules) {
     for (const auto& [suffix, shape] : method->parts(module)) {
@@ -198,6 +298,8 @@ void check_adapter(const AdapterFile& adapter, const std::string& origin) {
     if (std::erase_if(tensors, [&](const auto& entry) { return is_of_module(entry.first, saved); }) == 0)
       refuse(fmt::format("the tensor of modules_to_save entry {} is missing", saved));
   }
+  for (const std::string& saved : saved_along(adapter))
+    std::erase_if(tensors, [&](const auto& entry) { return is_of_module(entry.first, saved); });
   if (tensors.empty()) return;
   throw InputError(fmt::format(
       "{}: tensor {} is none that its config describes here. corank adapts linears of the blocks and trains "
@@ -235,14 +337,20 @@ void load_tensors(const AdapterFile& adapter, ParameterStore& store) {
 }
 
 std::vector<std::string> adapted_modules(const AdapterFile& adapter) {
+  std::vector<std::string> names;
+  for (const auto& entry : adapter.tensors) names.push_back(entry.first);
+  return modules_of(names);
+}
+
+std::vector<std::string> saved_along(const AdapterFile& adapter) {
+  const auto& listed = adapter.config.modules_to_save;
   std::vector<std::string> modules;
-  std::set<std::string> seen;
-  for (const auto& [name, tensor] : adapter.tensors) {
-    const size_t end = name.find(".lora_");
-    if (!name.starts_with(kPrefix)) throw InputError("not a tensor name of an adapter: " + name);
-    if (end == std::string::npos) continue;  // of modules_to_save
-    const std::string module = name.substr(std::string(kPrefix).size(), end - std::string(kPrefix).size());
-    if (seen.insert(module).second) modules.push_back(module);
+  for (const auto& entry : adapter.tensors) {
+    const std::string module = module_of(entry.first).substr(std::string(kPrefix).size());
+    const bool is_listed =
+        std::any_of(listed.begin(), listed.end(), [&](const auto& one) { return is_of_module(entry.first, one); });
+    if (is_listed || entry.first.find(".lora_") != std::string::npos || !is_of_vocabulary(module)) continue;
+    if (std::count(modules.begin(), modules.end(), module) == 0) modules.push_back(module);
   }
   return modules;
 }
@@ -281,7 +389,10 @@ std::string adapter_h5_image(const AdapterFile& adapter) {
   if (adapter.config.method != "full") {
     file.attribute("adapter_config", peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model));
   }
-  for (const auto& [name, tensor] : adapter.tensors) file.write(name, tensor);
+  for (const auto& [name, tensor] : adapter.tensors) {
+    const bool is_half = tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+    file.write(name, is_half ? tensor.to(at::kFloat) : tensor.contiguous());  // exactly: the file has no 16 bits
+  }
   return file.finish();
 }
 
@@ -301,7 +412,7 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
                       key, ours, run.path, theirs));
     }
   };
-  const std::vector<std::string> modules = select_targets(file, linears);
+  const std::vector<std::string> modules = targets_of(file, linears, run.path);
   compare("method", run.method, file.method);
   require_keys_of_method(written, file.method, run.path);
   compare("use_rslora", run.use_rslora, file.use_rslora);

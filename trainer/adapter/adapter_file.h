@@ -42,6 +42,10 @@ void load_tensors(const AdapterFile& adapter, ParameterStore& store);
 /// Modules that the tensor names belong to, in order of appearance.
 std::vector<std::string> adapted_modules(const AdapterFile& adapter);
 
+/// Embedding and head that stand beside the adapter and not in modules_to_save, by their full names: PEFT
+/// saves them along where the vocabulary was resized, or when told to.
+std::vector<std::string> saved_along(const AdapterFile& adapter);
+
 /// Those of `module` by the ends of their names, as `options` say.
 ModuleTensors module_tensors(const NamedTensors& tensors, const std::string& module, const at::TensorOptions& options);
 

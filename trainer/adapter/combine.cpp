@@ -87,6 +87,12 @@ void require_only_factors(const WeightedAdapter& adapter) {
                     "the model, or train it without.",
                     adapter.origin, fmt::join(c.modules_to_save, ", ")));
   }
+  if (const std::vector<std::string> along = saved_along(adapter.file); !along.empty()) {
+    throw ConfigError(fmt::format(
+        "{}: holds {} beside its factors, and full weights cannot be added to a base. Make one without them "
+        "first: corank export --as plain-lora --base MODEL_DIR, which leaves out what is the model's.",
+        adapter.origin, fmt::join(along, ", ")));
+  }
   if (c.method != "lora") {
     throw ConfigError(
         fmt::format("{}: its method is {}, and only LoRA adapters (rsLoRA and PiSSA too) can be combined. Make one of "

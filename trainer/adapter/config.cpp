@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
-#include <regex>
 
 #include "configs/writer.h"
 #include "trainer/adapter/methods.h"
@@ -14,25 +13,12 @@
 namespace corank {
 namespace {
 
-/// True if `expression` matches the whole of `text`; `where` and the expression stand in the error.
-bool full_match(const std::string& expression, const std::string& text) {
-  try {
-    return std::regex_match(text, std::regex(expression));
-  } catch (const std::regex_error& e) {
-    throw ConfigError(fmt::format("'{}' is not a regular expression: {}", expression, e.what()));
-  }
-}
-
-/// PEFT's rule for keys of rank_pattern and alpha_pattern: (.*\.)?(KEY)$ from the start of the name.
-bool key_matches(const std::string& key, const std::string& module) {
-  return full_match("(.*\\.)?(" + key + ")", module);
-}
+constexpr size_t kMaxKeys = 1000;  // of rank_pattern or alpha_pattern: more than any model has linears
 
 /// The first match in file order.
-std::optional<double> first_match(const std::vector<std::pair<std::string, double>>& patterns,
-                                  const std::string& module) {
-  for (const auto& [key, value] : patterns) {
-    if (key_matches(key, module)) return value;
+std::optional<double> first_match(const ModuleValues& values, const std::string& module) {
+  for (const auto& [key, value] : values) {
+    if (key.matches(module, values.size())) return value;
   }
   return std::nullopt;
 }
@@ -56,7 +42,13 @@ std::string plain(const T& value) {
 
 std::string modules(const ModulePattern& p) {
   if (p.empty()) return "";
-  return p.expression.empty() ? yaml::list(p.names) : yaml::quoted(p.expression);
+  return p.expression ? yaml::quoted(p.expression->text()) : yaml::list(p.names);
+}
+
+std::string values(const ModuleValues& entries) {
+  std::vector<std::pair<std::string, double>> written;
+  for (const auto& [key, value] : entries) written.emplace_back(key.text(), value);
+  return yaml::map(written);
 }
 
 std::string of_remora(const AdapterConfig& c, const std::string& value) { return c.remora.steps > 0 ? value : ""; }
@@ -105,29 +97,18 @@ void check_adalora(const AdaLoraConfig& c, const Require& require) {
           "a weight of at least 0");
 }
 
-void check_remora(const RemoraConfig& c, const Require& require) {
-  for (const int64_t type : c.types) {
-    require(type >= 1 && type <= 4, "remora_types", type, "one of 1, 2, 3, 4, which have groups to change");
+constexpr int64_t kMoraTypes[] = {1, 2, 3, 4, 6};
+
+void check_mora(int64_t type, const RemoraConfig& c, const Require& require) {
+  for (const int64_t one : c.types) {
+    require(one >= 1 && one <= 4, "remora_types", one, "one of 1, 2, 3, 4, which have groups to change");
   }
+  require(std::count(std::begin(kMoraTypes), std::end(kMoraTypes), type) > 0, "mora_type", type,
+          "one of 1, 2, 3, 4, 6");
   require(c.steps >= 0, "remora_steps", c.steps, "a number of steps");
   if (c.steps == 0) return;
   require(c.warmup_steps >= 0 && c.warmup_steps < c.steps, "remora_warmup_steps", c.warmup_steps,
           "a number of steps below remora_steps; set remora_warmup_steps beside it");
-}
-
-void check_expression(const std::string& expression, const std::string& key, const Fail& fail) {
-  try {
-    const std::regex whole(expression);
-  } catch (const std::regex_error& e) {
-    fail(key, fmt::format("'{}' is not a regular expression: {}", expression, e.what()));
-  }
-}
-
-void check_expressions(const AdapterConfig& c, const Fail& fail) {
-  check_expression(c.target_modules.expression, "target_modules", fail);
-  check_expression(c.exclude_modules.expression, "exclude_modules", fail);
-  for (const auto& entry : c.rank_pattern) check_expression(entry.first, "rank_pattern", fail);
-  for (const auto& entry : c.alpha_pattern) check_expression(entry.first, "alpha_pattern", fail);
 }
 
 /// Types are kept only where restarts go through them.
@@ -155,6 +136,7 @@ void require_only_linears(const AdapterConfig& config) {
         "model.layers.0.post_attention_layernorm", "model.layers.0.self_attn.q_norm", "model.layers.0.self_attn.k_norm",
         "transformer.wte", "transformer.wpe", "transformer.ln_f", "transformer.h.0.ln_1", "transformer.h.0.ln_2"}) {
     if (!config.target_modules.matches(other) || config.exclude_modules.matches(other)) continue;
+    if (ModulePattern{config.modules_to_save, {}}.matches(other)) continue;  // PEFT: trained in full, so not adapted
     throw ConfigError(
         fmt::format("adapter.target_modules: matches {}, which cannot take an adapter. Name linears of the blocks "
                     "only (q_proj ... down_proj; GPT-2: c_attn, c_proj, c_fc).",
@@ -162,30 +144,36 @@ void require_only_linears(const AdapterConfig& config) {
   }
 }
 
-std::vector<std::pair<std::string, double>> read_values(const Section& section, const std::string& key) {
-  if (section.has(key)) return section.get_ordered(key);
-  section.get_optional<std::string>(key);  // absent, but a key we know
-  return {};
+ModuleValues read_values(const Section& section, const std::string& key) {
+  if (!section.has(key)) return {};
+  return module_values(section.get_ordered(key), {section.where(key)});
 }
 
 ModulePattern read_pattern(const Section& section, const std::string& key) {
-  ModulePattern pattern;
-  if (!section.has(key)) {
-    section.get_optional<std::string>(key);
-  } else if (section.is_list(key)) {
-    pattern.names = section.get<std::vector<std::string>>(key);
+  if (!section.has(key)) return {};
+  if (section.is_list(key)) {
+    const ModulePattern pattern{section.get<std::vector<std::string>>(key), {}};
     if (pattern.names.empty()) section.fail(key, "the list is empty");
-  } else {
-    pattern.expression = section.get<std::string>(key);
+    return pattern;
   }
-  return pattern;
+  const std::string text = section.get<std::string>(key);
+  if (text.empty()) section.fail(key, "the text is empty; leave it out");
+  return {{}, NamePattern(text, {section.where(key)})};
 }
 
 }  // namespace
 
-bool is_all_linear(std::string text) {
+bool is_all_linear(const ModulePattern& targets) {
+  std::string text = targets.expression ? targets.expression->text() : "";
   std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
   return text == "all-linear";
+}
+
+ModuleValues module_values(const std::vector<std::pair<std::string, double>>& entries, const PatternPlace& place) {
+  if (entries.size() > kMaxKeys) place.fail(fmt::format("{} keys are more than {}", entries.size(), kMaxKeys));
+  ModuleValues values;
+  for (const auto& [key, value] : entries) values.emplace_back(KeyPattern(key, place), value);
+  return values;
 }
 
 bool AdapterKey::of(const std::string& method) const {
@@ -205,8 +193,8 @@ const std::vector<AdapterKey>& adapter_keys() {
        [](C c) { return c.all_linear ? std::string("all-linear") : modules(c.target_modules); }},
       {"exclude_modules", adapters, true, [](C c) { return modules(c.exclude_modules); }},
       {"use_rslora", lora, false, [](C c) { return plain(c.use_rslora); }},
-      {"rank_pattern", {"lora", "dora", "pissa", "mora"}, false, [](C c) { return yaml::map(c.rank_pattern); }},
-      {"alpha_pattern", lora, false, [](C c) { return yaml::map(c.alpha_pattern); }},
+      {"rank_pattern", {"lora", "dora", "pissa", "mora"}, false, [](C c) { return values(c.rank_pattern); }},
+      {"alpha_pattern", lora, false, [](C c) { return values(c.alpha_pattern); }},
       {"init_lora_weights", {"lora", "dora"}, false, [](C c) { return yaml::quoted(c.init_lora_weights); }},
       {"loraplus_lr_ratio", adapters, false, [](C c) { return plain(c.loraplus_lr_ratio); }},
       {"modules_to_save", adapters, false,
@@ -240,7 +228,7 @@ void require_keys_of_method(const std::vector<std::string>& written, const std::
 }
 
 bool ModulePattern::matches(const std::string& module) const {
-  if (!expression.empty()) return full_match(expression, module);
+  if (expression) return expression->matches(module);
   return std::any_of(names.begin(), names.end(),
                      [&](const std::string& name) { return module == name || module.ends_with("." + name); });
 }
@@ -273,7 +261,7 @@ AdapterConfig read_adapter_config(const Section& section) {
   c.lora_dropout = section.get<double>("lora_dropout", c.lora_dropout);
   c.use_rslora = section.get<bool>("use_rslora", c.use_rslora);
   c.target_modules = read_pattern(section, "target_modules");
-  c.all_linear = c.target_modules.empty() || is_all_linear(c.target_modules.expression);
+  c.all_linear = c.target_modules.empty() || is_all_linear(c.target_modules);
   c.exclude_modules = read_pattern(section, "exclude_modules");
   c.rank_pattern = read_values(section, "rank_pattern");
   c.alpha_pattern = read_values(section, "alpha_pattern");
@@ -302,13 +290,12 @@ void check(const AdapterConfig& c, const Fail& fail) {
           "a number of rounds in [1, 1000]");
   require(is_scale(c.loraplus_lr_ratio), "loraplus_lr_ratio", c.loraplus_lr_ratio, kScale.c_str());
   for (const auto& [key, rank] : c.rank_pattern) {
-    if (!is_rank(rank)) fail("rank_pattern", fmt::format("{}: {} is not {}", key, rank, kRank));
+    if (!is_rank(rank)) fail("rank_pattern", fmt::format("{}: {} is not {}", key.text(), rank, kRank));
   }
   for (const auto& [key, alpha] : c.alpha_pattern) {
-    if (!is_scale(alpha)) fail("alpha_pattern", fmt::format("{}: {} is not {}", key, alpha, kScale));
+    if (!is_scale(alpha)) fail("alpha_pattern", fmt::format("{}: {} is not {}", key.text(), alpha, kScale));
   }
-  check_expressions(c, fail);
-  check_remora(c.remora, require);
+  check_mora(c.mora_type, c.remora, require);
   if (c.method == "adalora") check_adalora(c.adalora, require);
 }
 
@@ -322,18 +309,18 @@ void require_every_entry(const AdapterConfig& config, const std::vector<std::str
     return config.all_linear || config.target_modules.matches(name);
   };
   for (const std::string& entry : config.exclude_modules.names) {
-    const ModulePattern one{{entry}, ""};
+    const ModulePattern one{{entry}, {}};
     require("exclude_modules", entry, [&](const std::string& name) { return targeted(name) && one.matches(name); });
   }
-  if (const std::string& entry = config.exclude_modules.expression; !entry.empty()) {
-    require("exclude_modules", entry,
-            [&](const std::string& name) { return targeted(name) && full_match(entry, name); });
+  if (const auto& entry = config.exclude_modules.expression) {
+    require("exclude_modules", entry->text(),
+            [&](const std::string& name) { return targeted(name) && entry->matches(name); });
   }
   const auto adapted = [&](const std::string& name) { return targeted(name) && !config.exclude_modules.matches(name); };
-  const auto require_keys = [&](const char* key, const std::vector<std::pair<std::string, double>>& pattern) {
-    for (const auto& entry : pattern) {
-      require(key, entry.first,
-              [&](const std::string& name) { return adapted(name) && key_matches(entry.first, name); });
+  const auto require_keys = [&](const char* key, const ModuleValues& values) {
+    for (const auto& entry : values) {
+      require(key, entry.first.text(),
+              [&](const std::string& name) { return adapted(name) && entry.first.matches(name, values.size()); });
     }
   };
   require_keys("rank_pattern", config.rank_pattern);
@@ -370,9 +357,9 @@ std::vector<std::string> select_targets(const AdapterConfig& config, const std::
   }
   const ModulePattern& targets = config.target_modules;
   const std::string wanted =
-      targets.expression.empty()
-          ? fmt::format("[{}]", fmt::join(targets.names, ", "))
-          : fmt::format("the regular expression '{0}' (a name is a list of one: [{0}])", targets.expression);
+      targets.expression
+          ? fmt::format("the regular expression '{0}' (a name is a list of one: [{0}])", targets.expression->text())
+          : fmt::format("[{}]", fmt::join(targets.names, ", "));
   throw ConfigError(
       fmt::format("adapter.target_modules: nothing matches {}{}. The model's linears are named {} (e.g. {}).", wanted,
                   config.exclude_modules.empty() ? "" : " after exclude_modules", fmt::join(kinds, ", "),

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "configs/reader.h"
+#include "trainer/adapter/pattern.h"
 
 namespace corank {
 
@@ -19,14 +20,20 @@ constexpr int64_t kMaxRank = 16384;
 /// "." + entry; a pattern is a regular expression that must match the whole name; "all-linear" is every linear but the
 /// head.
 struct ModulePattern {
-  std::vector<std::string> names;  ///< list form
-  std::string expression;          ///< pattern form, when not empty
+  std::vector<std::string> names;         ///< list form
+  std::optional<NamePattern> expression;  ///< pattern form
   bool matches(const std::string& module) const;
-  bool empty() const { return names.empty() && expression.empty(); }
+  bool empty() const { return names.empty() && !expression; }
 };
 
-/// "all-linear" in any case.
-bool is_all_linear(std::string text);
+/// PEFT's rank_pattern and alpha_pattern, in file order: the first key that matches a module gives its value.
+using ModuleValues = std::vector<std::pair<KeyPattern, double>>;
+
+/// "all-linear" in any case of letters.
+bool is_all_linear(const ModulePattern& targets);
+
+/// The entries of rank_pattern or alpha_pattern, which stand at `place`.
+ModuleValues module_values(const std::vector<std::pair<std::string, double>>& entries, const PatternPlace& place);
 
 /// AdaLoRA's own keys, under PEFT's names. Steps are optimizer steps.
 struct AdaLoraConfig {
@@ -61,8 +68,8 @@ struct AdapterConfig {
   bool all_linear = true;  ///< target_modules: all-linear
   ModulePattern target_modules;
   ModulePattern exclude_modules;
-  std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;  ///< in file order: the first match wins
-  std::string init_lora_weights = "true";                                   ///< true or gaussian
+  ModuleValues rank_pattern, alpha_pattern;
+  std::string init_lora_weights = "true";  ///< true or gaussian
   AdaLoraConfig adalora;
   int64_t mora_type = 1;  ///< ReMoRA: of the first span
   RemoraConfig remora;
@@ -95,8 +102,7 @@ void require_keys_of_method(const std::vector<std::string>& written, const std::
 
 /// Reads the `adapter` section. ConfigError for values that PEFT would refuse too.
 AdapterConfig read_adapter_config(const Section& section);
-/// Calls `fail` with key and message for values no method can use (r <= 0, dropout outside [0, 1), a broken
-/// expression). `fail` throws.
+/// Calls `fail` with key and message for values no method can use (r <= 0, dropout outside [0, 1)). `fail` throws.
 void check(const AdapterConfig& config,
            const std::function<void(const std::string& key, const std::string& message)>& fail);
 

@@ -4,11 +4,12 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
-#include <regex>
 #include <set>
-#include <type_traits>
+
+#include "data/json_object.h"
 
 namespace corank {
 namespace {
@@ -81,115 +82,52 @@ const std::vector<OtherField>& other_fields() {
   return fields;
 }
 
-/// Those that parse_peft_config reads.
-constexpr const char* kReadFields[] = {"peft_type",
-                                       "task_type",
-                                       "r",
-                                       "lora_alpha",
-                                       "lora_dropout",
-                                       "use_rslora",
-                                       "use_dora",
-                                       "use_mora",
-                                       "mora_type",
-                                       "remora_types",
-                                       "fan_in_fan_out",
-                                       "target_modules",
-                                       "exclude_modules",
-                                       "rank_pattern",
-                                       "alpha_pattern",
-                                       "modules_to_save",
-                                       "layers_pattern",
-                                       "target_r",
-                                       "layers_to_transform",
-                                       "init_r",
-                                       "init_lora_weights",
-                                       "tinit",
-                                       "tfinal",
-                                       "deltaT",
-                                       "beta1",
-                                       "beta2",
-                                       "orth_reg_weight",
-                                       "total_step"};
-
 bool is_off(const ordered_json& value) {
   return value.is_null() || value == false || value == "" || (value.is_structured() && value.empty());
 }
 
-/// null is absent.
+/// Why a field that parse_peft_config did not read may change the result; empty: it does not.
 std::string refusal(const std::string& key, const ordered_json& value) {
   const auto field = std::find_if(other_fields().begin(), other_fields().end(),
                                   [&](const OtherField& one) { return key == one.name; });
-  const std::string shown = value.dump().substr(0, 80);
   if (field == other_fields().end()) {
     if (is_off(value)) return "";
     return fmt::format(
         "{} is {}, and no field of this name is known; it may change the result. Remove it from the file if it does "
         "not",
-        key, shown);
+        key, shown(value));
   }
   const auto& accepted = field->accepted;
   if (!field->why || value.is_null() || std::find(accepted.begin(), accepted.end(), json(value)) != accepted.end())
     return "";
-  return fmt::format("{} is {}: {}, which is not supported", key, shown, field->why);
+  return fmt::format("{} is {}: {}, which is not supported", key, shown(value), field->why);
 }
 
-/// adapter_config.json, with its name and the key in every message. null reads as absent.
-class PeftFile {
- public:
-  PeftFile(const ordered_json& root, const std::string& origin) : root_(root), origin_(origin) {}
+PatternPlace place(const JsonObject& file, const std::string& key) { return {file.origin() + ": " + key, true}; }
 
-  [[noreturn]] void fail(const std::string& what) const { throw InputError(fmt::format("{}: {}", origin_, what)); }
-  bool has(const char* key) const { return root_.contains(key) && !root_[key].is_null(); }
+ModuleValues read_values(const JsonObject& file, const std::string& key) {
+  std::vector<std::pair<std::string, double>> entries;
+  if (file.has(key)) {
+    const auto object = file.get<JsonObject>(key);
+    for (const auto& [name, value] : object.root().items())
+      entries.emplace_back(name, object.convert<double>(value, name));
+  }
+  return module_values(entries, place(file, key));
+}
 
-  template <class T>
-  T get(const char* key, T default_value) const {
-    return has(key) ? convert<T>(root_[key], key) : default_value;
-  }
-  std::vector<std::pair<std::string, double>> pattern(const char* key) const {
-    std::vector<std::pair<std::string, double>> result;
-    for (const auto& [name, value] : object(key).items()) result.emplace_back(name, convert<double>(value, key));
-    return result;
-  }
-  ModulePattern modules(const char* key) const {
-    if (has(key) && root_[key].is_string()) return {{}, root_[key].get<std::string>()};
-    return {get<std::vector<std::string>>(key, {}), ""};
-  }
-  /// One value is a list of it.
-  template <class T>
-  std::vector<T> list(const char* key) const {
-    if (!has(key)) return {};
-    if (!root_[key].is_array()) return {convert<T>(root_[key], key)};
-    std::vector<T> values;
-    for (const ordered_json& value : root_[key]) values.push_back(convert<T>(value, key));
-    return values;
-  }
-  const ordered_json& object(const char* key) const {  // a reference: items() of a temporary would dangle
-    static const ordered_json none = ordered_json::object();
-    if (!has(key)) return none;
-    if (!root_[key].is_object()) refuse(root_[key], key);
-    return root_[key];
-  }
-  template <class T>
-  T convert(const ordered_json& value, const char* key) const {
-    if constexpr (std::is_same_v<T, int64_t>) {  // the library would cut fractions
-      if (!value.is_number_integer()) refuse(value, key);
-    } else if constexpr (std::is_same_v<T, double>) {
-      if (!value.is_number()) refuse(value, key);
-    }
-    try {
-      return value.get<T>();
-    } catch (const json::exception&) {
-      refuse(value, key);
-    }
-  }
+/// One value is a list of it.
+template <class T>
+std::vector<T> read_list(const JsonObject& file, const std::string& key) {
+  if (!file.has(key) || file.value(key).is_array()) return file.get<std::vector<T>>(key, {});
+  return {file.get<T>(key)};
+}
 
- private:
-  [[noreturn]] void refuse(const ordered_json& value, const char* key) const {
-    fail(fmt::format("{} has the wrong type: {}", key, value.dump().substr(0, 80)));
-  }
-  const ordered_json& root_;
-  const std::string& origin_;
-};
+ModulePattern read_modules(const JsonObject& file, const std::string& key) {
+  if (!file.value(key).is_string()) return {file.get<std::vector<std::string>>(key, {}), {}};
+  const auto text = file.get<std::string>(key);
+  if (text.empty()) return {};
+  return {{}, NamePattern(text, place(file, key))};
+}
 
 json lora_fields(const AdapterConfig& config, const std::vector<std::string>& modules) {
   json ranks = json::object(), alphas = json::object();
@@ -230,7 +168,7 @@ json adalora_fields(const AdaLoraConfig& c) {
           {"rank_pattern", kept}};
 }
 
-AdaLoraConfig parse_adalora(const PeftFile& file) {
+AdaLoraConfig read_adalora(const JsonObject& file) {
   AdaLoraConfig c;
   c.init_r = file.get("init_r", c.init_r);
   c.target_r = file.get("target_r", c.target_r);
@@ -241,35 +179,40 @@ AdaLoraConfig parse_adalora(const PeftFile& file) {
   c.beta2 = file.get("beta2", c.beta2);
   c.orth_reg_weight = file.get("orth_reg_weight", c.orth_reg_weight);
   c.total_step = file.get("total_step", c.total_step);
-  for (const auto& [name, ranks] : file.object("rank_pattern").items()) {
-    c.kept_ranks[name.substr(0, name.rfind(kE))] = file.convert<std::vector<bool>>(ranks, "rank_pattern");
+  if (!file.has("rank_pattern")) return c;
+  const auto kept = file.get<JsonObject>("rank_pattern");
+  for (const auto& [name, ranks] : kept.root().items()) {
+    c.kept_ranks[name.substr(0, name.rfind(kE))] = kept.convert<std::vector<bool>>(ranks, name);
   }
   return c;
 }
 
-bool is_adalora(const PeftFile& file, const ordered_json& config) {
-  const ordered_json type = config.value("peft_type", ordered_json());
-  if (type != "LORA" && type != "ADALORA") {
-    file.fail(fmt::format("peft_type is {}, only LORA and ADALORA can be loaded", type.dump()));
-  }
-  return type == "ADALORA";
+/// lora, dora, adalora or mora.
+std::string method_of(const JsonObject& file) {
+  const ordered_json& type = file.value("peft_type");
+  if (type != "LORA" && type != "ADALORA")
+    file.fail(fmt::format("peft_type is {}, only LORA and ADALORA can be loaded", shown(type)));
+  const bool adalora = type == "ADALORA", dora = file.get("use_dora", false), mora = file.get("use_mora", false);
+  if (adalora + dora + mora > 1)
+    file.fail("peft_type ADALORA, use_dora and use_mora are methods of their own; only one can be meant");
+  return adalora ? "adalora" : dora ? "dora" : mora ? "mora" : "lora";
 }
 
-/// What changes the result is read elsewhere or refused here.
-void require_supported(const PeftFile& file, const ordered_json& config) {
-  for (const auto& [key, value] : config.items()) {
-    const bool is_read = std::find(std::begin(kReadFields), std::end(kReadFields), key) != std::end(kReadFields);
-    if (const std::string why = is_read ? "" : refusal(key, value); !why.empty()) file.fail(why);
+/// null is off where PEFT reads it so; these it cannot compute with.
+void require_values(const JsonObject& file, const std::string& method) {
+  std::vector<std::string> keys{"r",      "lora_alpha", "lora_dropout",   "bias",   "mora_type",
+                                "init_r", "target_r",   "tinit",          "tfinal", "deltaT",
+                                "beta1",  "beta2",      "orth_reg_weight"};
+  if (method != "adalora") keys.insert(keys.end(), {"rank_pattern", "alpha_pattern"});
+  for (const std::string& key : keys) {
+    if (file.root().contains(key) && file.root()[key].is_null())
+      file.fail(key + " is null. Write its value, or leave it out to take PEFT's default");
   }
-  if (const auto task = file.get<std::string>("task_type", "CAUSAL_LM"); task != "CAUSAL_LM") {
-    file.fail(fmt::format("task_type is {}, only CAUSAL_LM is supported", task));
-  }
-  const bool adalora = is_adalora(file, config), dora = file.get("use_dora", false), mora = file.get("use_mora", false);
-  if (adalora + dora + mora > 1) {
-    file.fail("peft_type ADALORA, use_dora and use_mora are methods of their own; only one can be meant");
-  }
-  // On load these need nothing but the tensors; pissa, olora, corda, loftq and lora_ga change the base model.
-  ordered_json init = config.value("init_lora_weights", ordered_json(true));
+}
+
+/// On load these need nothing but the tensors; pissa, olora, corda, loftq and lora_ga change the base model.
+void require_plain_start(const JsonObject& file) {
+  ordered_json init = file.value("init_lora_weights");
   if (init.is_string()) init = lower(init.get<std::string>());
   if (init.is_null() || init.is_boolean() || init == "gaussian" || init == "orthogonal" || init == "eva" ||
       init == "mica") {
@@ -278,26 +221,59 @@ void require_supported(const PeftFile& file, const ordered_json& config) {
   file.fail(fmt::format(
       "init_lora_weights is {}, which changes the base model; convert the adapter to plain LoRA first (PEFT: "
       "save_pretrained with path_initial_model_for_weight_conversion)",
-      init.dump()));
+      shown(init)));
 }
 
-/// PEFT's rule for layers_to_transform: a target named in full stays; others where the first number in the name, after
-/// a name of layers_pattern if there is one, is listed.
-void choose_layers(const PeftFile& file, const std::vector<std::string>& modules, ModulePattern& targets) {
-  const std::vector<int64_t> layers = file.list<int64_t>("layers_to_transform");
-  const std::vector<std::string> patterns = file.list<std::string>("layers_pattern");
-  const bool chooses = file.has("layers_to_transform");
-  if (!patterns.empty() && !chooses) file.fail("layers_pattern is set without layers_to_transform");
-  if (!targets.expression.empty() && chooses)
-    file.fail("layers_to_transform is set beside a target_modules that is no list");
+/// What changes the result has been read, or is refused here.
+void require_supported(const JsonObject& file) {
+  require_plain_start(file);
+  if (const auto task = file.get<std::string>("task_type", "CAUSAL_LM"); task != "CAUSAL_LM")
+    file.fail(fmt::format("task_type is {}, only CAUSAL_LM is supported", shown(task)));
+  // each belongs to one method, and to the others means nothing
+  file.ignore({"init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+               "rank_pattern", "alpha_pattern"});
+  for (const std::string& key : file.unknown()) {
+    if (const std::string why = refusal(key, file.value(key)); !why.empty()) file.fail(why);
+  }
+}
+
+/// The number of a module's layer as PEFT finds it: the first in the name, after one of `patterns` if there is one.
+/// None where there is no number, or one that no layer can have.
+std::optional<int64_t> layer_of(const std::string& module, const std::vector<Pattern>& patterns) {
+  for (const Pattern& pattern : patterns) {
+    const auto digits = pattern.group(module, "idx");
+    if (!digits) continue;
+    int64_t layer = 0;
+    const auto [end, error] = std::from_chars(digits->data(), digits->data() + digits->size(), layer);
+    if (error != std::errc()) return std::nullopt;
+    return layer;
+  }
+  return std::nullopt;
+}
+
+std::vector<Pattern> layer_patterns(const JsonObject& file) {
+  const std::string key = "layers_pattern", number = R"(\.(?P<idx>\d+)\.)";
+  std::vector<std::string> names = read_list<std::string>(file, key);
+  if (is_off(file.value(key))) names.clear();
+  std::vector<Pattern> patterns;
+  for (const std::string& name : names)
+    patterns.emplace_back(name, "(?:^|.*?\\.)" + name + number, Pattern::Extent::start, place(file, key));
+  if (names.empty()) patterns.emplace_back("", R"(.*?\.[^.]*)" + number, Pattern::Extent::start, place(file, key));
+  return patterns;
+}
+
+/// PEFT's rule for layers_to_transform: a target named in full stays; others where their layer is listed.
+void choose_layers(const JsonObject& file, const std::vector<std::string>& modules, ModulePattern& targets) {
+  const auto layers = read_list<int64_t>(file, "layers_to_transform");
+  const bool chooses = file.has("layers_to_transform"), has_pattern = !is_off(file.value("layers_pattern"));
+  if (has_pattern && !chooses) file.fail("layers_pattern is set without layers_to_transform");
+  if (targets.expression && chooses) file.fail("layers_to_transform is set beside a target_modules that is no list");
   if (layers.empty()) return;
-  const std::regex layer(patterns.empty() ? R"(.*?\.[^.]*\.(\d+)\..*)"
-                                          : fmt::format(R"((?:|.*?\.)(?:{})\.(\d+)\..*)", fmt::join(patterns, "|")));
+  const std::vector<Pattern> patterns = layer_patterns(file);
   std::vector<std::string> chosen;
   for (const std::string& module : modules) {
-    std::smatch found;
-    const bool listed = std::regex_match(module, found, layer) &&
-                        std::count(layers.begin(), layers.end(), std::stoll(found[1].str())) > 0;
+    const std::optional<int64_t> layer = layer_of(module, patterns);
+    const bool listed = layer && std::count(layers.begin(), layers.end(), *layer) > 0;
     const bool in_full = std::count(targets.names.begin(), targets.names.end(), module) > 0;
     if (in_full || (listed && targets.matches(module))) chosen.push_back(module);
   }
@@ -328,13 +304,10 @@ std::string peft_config_json(const AdapterConfig& config, const std::vector<std:
 
 AdapterConfig parse_peft_config(const std::string& text, const std::string& origin,
                                 const std::vector<std::string>& modules) {
-  const auto config = ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!config.is_object()) throw InputError(origin + ": not a JSON object");
-  const PeftFile file(config, origin);
-  const bool adalora = is_adalora(file, config);
-  require_supported(file, config);
+  const JsonObject file(text, origin);
   AdapterConfig c;
-  c.method = adalora ? "adalora" : file.get("use_dora", false) ? "dora" : file.get("use_mora", false) ? "mora" : "lora";
+  c.method = method_of(file);
+  require_values(file, c.method);
   c.mora_type = file.get("mora_type", c.mora_type);
   c.remora.types = file.get("remora_types", c.remora.types);
   c.modules_to_save = file.get("modules_to_save", c.modules_to_save);
@@ -343,17 +316,18 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   c.lora_dropout = file.get("lora_dropout", 0.0);
   c.use_rslora = file.get("use_rslora", false);
   c.fan_in_fan_out = file.get("fan_in_fan_out", false);
-  c.target_modules = file.modules("target_modules");
+  c.target_modules = read_modules(file, "target_modules");
   if (c.target_modules.empty()) file.fail("target_modules is missing");
   choose_layers(file, modules, c.target_modules);
-  c.all_linear = is_all_linear(c.target_modules.expression);
-  c.exclude_modules = file.modules("exclude_modules");
-  if (adalora) {
-    c.adalora = parse_adalora(file);
+  c.all_linear = is_all_linear(c.target_modules);
+  c.exclude_modules = read_modules(file, "exclude_modules");
+  if (c.method == "adalora") {
+    c.adalora = read_adalora(file);
   } else {
-    c.rank_pattern = file.pattern("rank_pattern");
-    c.alpha_pattern = file.pattern("alpha_pattern");
+    c.rank_pattern = read_values(file, "rank_pattern");
+    c.alpha_pattern = read_values(file, "alpha_pattern");
   }
+  require_supported(file);
   check(c, [&](const std::string& key, const std::string& what) { file.fail(key + ": " + what); });
   return c;
 }

@@ -97,7 +97,15 @@ class Pissa : public AdapterMethod {
   void to_peft(AdapterFile& file) const override {
     std::map<std::string, at::Tensor> tensors(file.tensors.begin(), file.tensors.end());
     for (const std::string& module : adapted_modules(file)) {
-      const auto take = [&](const char* suffix) { return tensors.at(peft_name(module, suffix)); };
+      const auto take = [&](const char* suffix) {
+        const auto found = tensors.find(peft_name(module, suffix));
+        if (found != tensors.end() && found->second.dim() == 2) return found->second;
+        throw InputError(fmt::format("{} is missing or no matrix. The adapter is damaged; make it again.",
+                                     peft_name(module, suffix)));
+      };
+      if (take(kA).size(1) != take(kFirstA).size(1) || take(kB).size(0) != take(kFirstB).size(0))
+        throw InputError(module +
+                         ": first and trained factors differ in shape. The adapter is damaged; make it again.");
       tensors[peft_name(module, kA)] = at::cat({take(kA), take(kFirstA)}, 0);
       tensors[peft_name(module, kB)] = at::cat({take(kB), -take(kFirstB)}, 1);
     }

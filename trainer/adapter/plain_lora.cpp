@@ -84,7 +84,14 @@ at::Tensor update_of(const AdapterMethod& method, const std::string& module, con
   return method.merged(module, tensors, w_OI) - w_OI;
 }
 
-void require_no_saved_modules(const AdapterConfig& config) {
+void require_no_saved_modules(const AdapterFile& adapter) {
+  const AdapterConfig& config = adapter.config;
+  if (const std::vector<std::string> along = saved_along(adapter); !along.empty()) {
+    throw ConfigError(
+        fmt::format("--as plain-lora: the adapter holds {} beside its factors, which plain LoRA has no place for. Name "
+                    "the folder of its base model with --base: what is there already is left out.",
+                    fmt::join(along, ", ")));
+  }
   if (config.modules_to_save.empty()) return;
   throw ConfigError(
       fmt::format("--as plain-lora: the adapter holds {} in full (modules_to_save), which plain LoRA has no place for. "
@@ -118,7 +125,7 @@ AdapterFile plain_lora(const AdapterFile& like, const Modules& modules, int64_t 
 }
 
 PlainLora to_plain_lora(const AdapterFile& adapter, const PlainLoraOptions& options) {
-  require_no_saved_modules(adapter.config);
+  require_no_saved_modules(adapter);
   const auto method = make_method(adapter.config);
   if (method->beyond_plain_lora().empty()) {
     require_exact(adapter.config.method, options);
