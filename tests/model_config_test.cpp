@@ -36,7 +36,6 @@ struct Refusal {
 
 TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
   const std::vector<Refusal> refusals{
-      {"tiny-llama", {{"sliding_window", 16}}, "sliding_window"},
       {"tiny-llama", {{"hidden_act", "gelu"}}, "hidden_act"},
       {"tiny-llama", {{"attention_dropout", 1.0}}, "attention_dropout"},
       {"tiny-llama", {{"partial_rotary_factor", 0.5}}, "partial_rotary_factor"},
@@ -98,7 +97,7 @@ TEST(ModelConfig, WhatTransformersIgnoresIsIgnoredByName) {
       {"tiny-llama", json::parse(R"({"_name_or_path": "x", "_flash_attn_2_enabled": true, "pretraining_tp": 2,
          "rope_interleaved": true, "is_llama_config": true, "unsloth_fixed": true, "transformers.js_config": {},
          "auto_map": {}, "torch_dtype": "float16", "use_cache": false, "eos_token_id": [1, 2], "temperature": 0.6,
-         "max_length": 4096, "rope_scaling": null, "hidden_act": "swish", "head_dim": null})")},
+         "max_length": 4096, "rope_scaling": null, "hidden_act": "swish", "head_dim": null, "sliding_window": 16})")},
       {"qwen2.5-7b", json::parse(R"({"use_mrope": false, "use_sliding_window": false, "max_window_layers": 28,
          "sliding_window": 131072, "attention_bias": true})")},
       {"mistral-7b", json::parse(R"({"attention_bias": false, "sliding_window": null, "pad_token_id": 2})")},

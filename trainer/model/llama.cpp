@@ -48,7 +48,7 @@ DecoderConfig llama_like_config(const ConfigFile& file, const FamilyDefaults& de
 }
 
 DecoderConfig llama_config(const ConfigFile& file) {
-  file.ignore({"use_sliding_window", "max_window_layers"});
+  file.ignore({"sliding_window", "use_sliding_window", "max_window_layers"});  // no window in transformers' Llama
   DecoderConfig c = llama_like_config(file, {.vocab_size = 32000,
                                              .hidden_size = 4096,
                                              .intermediate_size = 11008,
@@ -59,7 +59,6 @@ DecoderConfig llama_config(const ConfigFile& file) {
   if (c.hidden_size % c.num_heads != 0) file.fail("hidden_size must be a multiple of num_attention_heads");
   c.qkv_bias = c.attention_out_bias = file.get<bool>("attention_bias", false);
   c.mlp_bias = file.get<bool>("mlp_bias", false);
-  if (file.has("sliding_window")) file.refuse("sliding_window is set");
   c.windows = layer_windows(file, c.num_layers, std::nullopt);
   return c;
 }
