@@ -81,7 +81,7 @@ Outcome train(Session& session, const TokenFile& data, const World& world, Conso
   const int64_t total = total_steps(run, data);
   const SamplerOptions sampling = run.loader_options(0, 1).sampler;
   for (const std::string& line : sample_remarks(data, sampling)) console.say(line);
-  if (eval_file) {
+  if (eval_file && run.data.eval != run.data.train) {
     for (const std::string& line : sample_remarks(*eval_file, sampling)) console.say(line);
   }
   console.introduce(session, world, threads);

@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "launch/checks.h"
 #include "launch/commands.h"
@@ -18,7 +19,7 @@ int run_validate(const Arguments& a) {
   const RunConfig run = read_run(a.run_file, a.overrides);
   const int ranks = a.ranks > 0 ? a.ranks : static_cast<int>(run.parallel.tensor);
   const CheckedInputs inputs = check_training(run, ranks);
-  for (const std::string& path : {run.data.train, run.data.eval}) {
+  for (const std::string& path : std::set<std::string>{run.data.train, run.data.eval}) {
     if (path.empty()) continue;
     const TokenFile file(path);
     for (const std::string& line : sample_remarks(file, run.loader_options(0, 1).sampler)) {
