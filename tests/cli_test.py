@@ -278,7 +278,7 @@ class Models(Case):
             shutil.rmtree(model)
 
     def test_attributes_that_change_the_result(self):
-        for change in ({"model_type": "mamba"}, {"hidden_act": "gelu"}, {"sliding_window": 16},
+        for change in ({"model_type": "mamba"}, {"hidden_act": "gelu"}, {"is_causal": False},
                        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "rope_parameters": None}):
             model = self.model()
             config = json.loads((model / "config.json").read_text())
