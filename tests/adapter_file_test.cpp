@@ -743,6 +743,9 @@ TEST(SavedAlong, CopiesOfAModuleToSaveAreOne) {
   EXPECT_EQ(file.tensors.size(), combine_input("first").tensors.size() + 1);
   write(head * 3);
   expect_refused<InputError>([&] { read_adapter(folder.path("a")); }, {kHead, "twice"});
+  write_changed("methods/combine/first", folder.path("a"), json::object(), "nothing",
+                {{"base_model.model.lm_head.modules_to_save.default.weight", head}});
+  expect_refused<InputError>([&] { read_adapter(folder.path("a")); }, {"lm_head", "modules_to_save", "does not name"});
 }
 
 TEST(SavedAlong, StaysBesideTheAdapterInFilesAndIsNotCombined) {

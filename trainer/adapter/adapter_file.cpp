@@ -31,6 +31,11 @@ bool is_of_vocabulary(const std::string& module) {
   return std::count(std::begin(kVocabularyModules), std::end(kVocabularyModules), last) > 0;
 }
 
+/// True for base_model.model.<path>.<module>.<parameter>.
+bool is_of_module(const std::string& tensor, const std::string& module) {
+  return module_of(tensor).ends_with("." + module);
+}
+
 /// PEFT's spellings of one tensor -> the name corank uses.
 std::string canonical_name(std::string name) {
   if (name.starts_with("_orig_mod.")) name.erase(0, 10);
@@ -126,15 +131,28 @@ std::vector<std::string> modules_of(const std::vector<std::string>& tensors) {
   return modules;
 }
 
+/// What stands under modules_to_save has to be named there: else PEFT leaves it out.
+void require_listed(const std::string& stored, const std::string& name, const AdapterConfig& config,
+                    const std::string& file) {
+  if (stored.find(".modules_to_save.") == std::string::npos) return;
+  const auto& listed = config.modules_to_save;
+  if (std::any_of(listed.begin(), listed.end(), [&](const auto& one) { return is_of_module(name, one); })) return;
+  throw InputError(fmt::format(
+      "{}: holds {}, and modules_to_save of adapter_config.json does not name its module. Name it there, or "
+      "remove the tensor.",
+      file, stored));
+}
+
 /// The file's tensors under corank's names. Of modules_to_save PEFT may leave copies: under two names, and the value
 /// before training (original_module), which has no effect.
-NamedTensors read_tensors(const SafetensorsFile& file) {
+NamedTensors read_tensors(const SafetensorsFile& file, const AdapterConfig& config) {
   NamedTensors tensors;
   std::map<std::string, at::Tensor> seen;
   for (const auto& [stored, info] : file.tensors()) {
     if (stored.find(".original_module.") != std::string::npos) continue;
     require_floating(info.dtype, stored, file.path());
     const std::string name = canonical_name(stored);
+    require_listed(stored, name, config, file.path());
     const at::Tensor tensor = file.read(stored);
     const auto [other, is_new] = seen.emplace(name, tensor);
     if (is_new) {
@@ -158,7 +176,7 @@ AdapterFile read_peft_folder(const std::string& folder) {
   adapter.config = parse_peft_config(text, config_path, modules_of(names));
   const auto base = JsonObject(text, config_path).value("base_model_name_or_path");
   if (base.is_string()) adapter.base_model = base.get<std::string>();
-  adapter.tensors = read_tensors(file);
+  adapter.tensors = read_tensors(file, adapter.config);
   read_under(file.path(), [&] { make_method(adapter.config)->from_peft(adapter); });
   return adapter;
 }
@@ -204,11 +222,6 @@ AdapterFile read_h5(const std::string& path) {
 bool has_shape(const at::Tensor& tensor, const std::vector<int64_t>& shape) {
   const auto fits = [](int64_t size, int64_t wanted) { return wanted == -1 ? size > 0 : size == wanted; };
   return std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end(), fits);
-}
-
-/// True for base_model.model.<path>.<module>.<parameter>.
-bool is_of_module(const std::string& tensor, const std::string& module) {
-  return module_of(tensor).ends_with("." + module);
 }
 
 /// modules_to_save by their full names: PEFT takes a short one for every module whose name ends so, "norm" for
