@@ -107,8 +107,7 @@ int64_t lowest_not_finite(const Model& model, const Batch& batch, Communicator& 
   throw InputError(fmt::format(
       "data.eval: the loss of sample {} is not finite, and no sample before it has such a loss (samples count from 0). "
       "The weights or the adapter are damaged or have diverged, or numbers exceed model.dtype: look at the adapter "
-      "with "
-      "corank inspect, take an earlier checkpoint or model.dtype: float32.",
+      "with corank inspect, take an earlier checkpoint or model.dtype: float32.",
       sample.item<int64_t>()));
 }
 
