@@ -242,12 +242,32 @@ void remove_entry(Node& root, const std::vector<std::string>& parts, const std::
   std::erase_if(map->children, [&](const Node& child) { return child.key == parts.back(); });
 }
 
+/// Whether a comment begins outside of quotes.
+bool has_comment(const std::string& text) {
+  char quote = 0, before = ' ';
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (quote != 0) {
+      const bool escapes = text[i] == '\\' && quote == '"';
+      if (escapes) ++i;
+      if (!escapes && text[i] == quote) quote = 0;
+    } else if (text[i] == '#' && std::isspace(static_cast<unsigned char>(before))) {
+      return true;
+    } else if ((text[i] == '"' || text[i] == '\'') &&
+               std::string_view(" \t\n[{,:").find(before) != std::string_view::npos) {
+      quote = text[i];
+    }
+    before = i < text.size() ? text[i] : ' ';
+  }
+  return false;
+}
+
 /// False where YAML took less than was typed: it cuts at " #" and makes a map at ": ".
 bool is_whole(const Node& value, const std::string& text) {
   const auto blank = [](unsigned char c) { return std::isspace(c); };
   const auto first = std::find_if_not(text.begin(), text.end(), blank);
   const auto last = std::find_if_not(text.rbegin(), text.rend(), blank).base();
   const std::string trimmed(first, std::max(first, last));
+  if (has_comment(text)) return false;
   switch (value.kind) {
     case Node::Kind::null:
       return trimmed.find('#') == std::string::npos;

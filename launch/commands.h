@@ -7,7 +7,8 @@
 
 namespace CLI {
 class App;
-}
+class Validator;
+}  // namespace CLI
 
 namespace corank {
 
@@ -40,6 +41,8 @@ std::function<int(const World*)> declare_validate(CLI::App& app);
 std::function<int(const World*)> declare_bench_comm(CLI::App& app);
 std::function<int(const World*)> declare_bench_step(CLI::App& app);
 
+/// For options that take a whole number: decimal digits without a leading zero, which C would read as octal.
+CLI::Validator decimal();
 /// Adds RUN.yaml, overrides and --json to a command.
 void add_run_options(CLI::App& app, CommandLine& line);
 

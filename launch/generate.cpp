@@ -5,12 +5,10 @@
 #include <cmath>
 #include <filesystem>
 #include <iostream>
-#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "data/file.h"
 #include "data/json_object.h"
-#include "data/strict_json.h"
 #include "launch/commands.h"
 #include "launch/session.h"
 #include "trainer/agree.h"
@@ -26,7 +24,7 @@ constexpr int64_t kMaxConfigBytes = int64_t{1} << 24;
 constexpr const char* kEnd = "eos_token_id";
 
 struct Arguments : CommandLine {
-  std::vector<int64_t> prompt;
+  std::string prompt, stop_tokens;  ///< ids, comma-separated
   GenerationOptions options;
   std::vector<std::string> adapters;  ///< NAME=PATH
   std::string use;
@@ -41,12 +39,26 @@ struct Request {
   GenerationOptions options;
 };
 
+/// Comma-separated ids as a command line gives them.
+std::vector<int64_t> token_ids(const std::string& option, const std::string& text) {
+  std::vector<int64_t> ids;
+  const CLI::Validator whole = decimal();
+  for (size_t begin = 0; !text.empty() && begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    std::string id = text.substr(begin, end - begin);
+    if (const std::string why = whole(id); !why.empty()) throw ConfigError(fmt::format("{}: {}.", option, why));
+    ids.push_back(std::stoll(id));
+    begin = end + 1;
+  }
+  return ids;
+}
+
 void check_options(const GenerationOptions& o) {
   if (o.max_new_tokens < 1 || o.max_new_tokens > kMaxNewTokens)
     throw ConfigError(fmt::format("max_new_tokens: {} is not in [1, {}].", o.max_new_tokens, kMaxNewTokens));
   if (!(o.temperature >= 0 && std::isfinite(o.temperature)))
-    throw ConfigError(fmt::format("--temperature: {} is not a finite number of at least 0.", o.temperature));
-  if (!(o.top_p > 0 && o.top_p <= 1)) throw ConfigError(fmt::format("--top-p: {} is not in (0, 1].", o.top_p));
+    throw ConfigError(fmt::format("temperature: {} is not a finite number of at least 0.", o.temperature));
+  if (!(o.top_p > 0 && o.top_p <= 1)) throw ConfigError(fmt::format("top_p: {} is not in (0, 1].", o.top_p));
 }
 
 void check_tokens(const char* option, const std::vector<int64_t>& tokens, int64_t vocab_size) {
@@ -83,47 +95,30 @@ std::vector<int64_t> end_tokens(const std::string& folder) {
 
 /// A line of JSON as a request; what it leaves out is as the command line says.
 Request parse_request(const std::string& line, Request request) {
-  const json object = parse_json(line, "request");
-  if (!object.is_object()) throw ConfigError("request: not a JSON object.");
-  const auto read = [&](const std::string& key, const json& value, bool fits, auto& target) {
-    if (!fits) throw ConfigError(fmt::format("request: {} is {}, which is of the wrong type.", key, value.dump()));
-    value.get_to(target);
-  };
-  const auto whole = [](const json& value) { return value.is_number_integer(); };
-  const auto all_whole = [&](const json& value) {
-    return value.is_array() && std::all_of(value.begin(), value.end(), whole);
-  };
-  bool has_prompt = false;
-  for (const auto& [key, value] : object.items()) {
-    if (key == "prompt") {
-      read(key, value, all_whole(value), request.prompt);
-      has_prompt = !request.prompt.empty();
-    } else if (key == "adapter") {
-      read(key, value, value.is_string(), request.adapter);
-    } else if (key == "max_new_tokens") {
-      read(key, value, whole(value), request.options.max_new_tokens);
-    } else if (key == "temperature") {
-      read(key, value, value.is_number(), request.options.temperature);
-    } else if (key == "top_p") {
-      read(key, value, value.is_number(), request.options.top_p);
-    } else if (key == "seed") {
-      read(key, value, value.is_number_unsigned(), request.options.seed);
-    } else if (key == "stop_tokens") {
-      read(key, value, all_whole(value), request.options.stop_tokens);
-    } else {
-      throw ConfigError(fmt::format(
-          "request: '{}' is not one of prompt, adapter, max_new_tokens, temperature, top_p, seed, stop_tokens.", key));
-    }
+  const JsonObject object(line, "request");
+  GenerationOptions& o = request.options;
+  request.prompt = object.get<std::vector<int64_t>>("prompt", {});
+  request.adapter = object.get("adapter", request.adapter);
+  o.max_new_tokens = object.get("max_new_tokens", o.max_new_tokens);
+  o.temperature = object.get("temperature", o.temperature);
+  o.top_p = object.get("top_p", o.top_p);
+  const auto seed = object.get("seed", static_cast<int64_t>(o.seed));
+  if (seed < 0) object.fail(fmt::format("seed is {}, and a seed is a number of at least 0", seed));
+  o.seed = static_cast<uint64_t>(seed);
+  o.stop_tokens = object.get("stop_tokens", o.stop_tokens);
+  if (const auto others = object.unknown(); !others.empty()) {
+    object.fail(shown_key(others.front()) +
+                " is not one of prompt, adapter, max_new_tokens, temperature, top_p, seed, stop_tokens");
   }
-  if (!has_prompt) throw ConfigError("request: prompt is missing. Give a list of token ids.");
+  if (request.prompt.empty()) object.fail("prompt is missing. Give a list of token ids");
   return request;
 }
 
 /// Collective over the mesh.
 std::vector<int64_t> answer(Inference& inference, const Request& request, int64_t max_positions) {
   check_options(request.options);
-  check_tokens("--prompt-tokens", request.prompt, inference.model().vocab_size());
-  check_tokens("--stop-tokens", request.options.stop_tokens, inference.model().vocab_size());
+  check_tokens("prompt", request.prompt, inference.model().vocab_size());
+  check_tokens("stop_tokens", request.options.stop_tokens, inference.model().vocab_size());
   const int64_t positions = static_cast<int64_t>(request.prompt.size()) + request.options.max_new_tokens;
   if (positions > max_positions) {
     throw ConfigError(
@@ -177,7 +172,10 @@ void check_mode(const Arguments& a) {
 int run_generate(const Arguments& a, const World& world) {
   share_cores(world);
   check_mode(a);
-  check_options(a.options);
+  const std::vector<int64_t> prompt = token_ids("--prompt-tokens", a.prompt);
+  GenerationOptions options = a.options;
+  options.stop_tokens = token_ids("--stop-tokens", a.stop_tokens);
+  check_options(options);
   RunConfig run = read_run(a.run_file, a.overrides);
   run = with_trained_adapter(run, run.model.quantization != "none");
   if (run.parallel.tensor != world.size()) {
@@ -185,14 +183,13 @@ int run_generate(const Arguments& a, const World& world) {
         fmt::format("generate: {} ranks, but parallel.tensor is {}. A prompt has one data-parallel group.",
                     world.size(), run.parallel.tensor));
   }
-  run.model.max_positions =
-      a.serve ? a.max_positions : static_cast<int64_t>(a.prompt.size()) + a.options.max_new_tokens;
-  const bool own_ends = a.options.stop_tokens.empty() && !a.ignore_eos && !run.model.path.empty();
+  run.model.max_positions = a.serve ? a.max_positions : static_cast<int64_t>(prompt.size()) + options.max_new_tokens;
+  const bool own_ends = options.stop_tokens.empty() && !a.ignore_eos && !run.model.path.empty();
   const std::vector<int64_t> ends = own_ends ? end_tokens(run.model.path) : std::vector<int64_t>();
   Inference inference(run, named_adapters(a.adapters), a.merge, world);
   const std::vector<std::string> names = inference.adapters().names();
   const std::string first = names.empty() ? AdapterSet::kBase : names.front();
-  Request request{a.prompt, a.use.empty() ? first : a.use, a.options};
+  Request request{prompt, a.use.empty() ? first : a.use, options};
   for (const int64_t id : ends) {
     if (id >= 0 && id < inference.model().vocab_size()) request.options.stop_tokens.push_back(id);
   }
@@ -212,18 +209,16 @@ int run_generate(const Arguments& a, const World& world) {
 std::function<int(const World*)> declare_generate(CLI::App& app) {
   auto a = std::make_shared<Arguments>();
   add_run_options(app, *a);
-  app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::Range(int64_t{0}, std::numeric_limits<int64_t>::max()));
+  app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated");
   app.add_option("--max-new-tokens", a->options.max_new_tokens, "tokens to add at most")
+      ->check(decimal())
       ->check(CLI::Range(int64_t{1}, kMaxNewTokens));
   app.add_option("--temperature", a->options.temperature, "0: greedy");
   app.add_option("--top-p", a->options.top_p, "nucleus sampling");
-  app.add_option("--seed", a->options.seed, "of the sampling");
-  auto* stops = app.add_option("--stop-tokens", a->options.stop_tokens,
+  app.add_option("--seed", a->options.seed, "of the sampling")->check(decimal());
+  auto* stops = app.add_option("--stop-tokens", a->stop_tokens,
                                "generation ends after one of these (default: every eos_token_id of the model's "
-                               "generation_config.json, else of its config.json)")
-                    ->delimiter(',');
+                               "generation_config.json, else of its config.json)");
   app.add_flag("--ignore-eos", a->ignore_eos, "go on to --max-new-tokens whatever comes")->excludes(stops);
   app.add_option("--adapter", a->adapters,
                  "NAME=PATH, as often as wanted: adapters of any methods over the one base, beside that of "
@@ -239,6 +234,7 @@ std::function<int(const World*)> declare_generate(CLI::App& app) {
                "line {\"adapter\", \"tokens\"} or {\"error\"}");
   app.add_option("--max-positions", a->max_positions, "with --serve: the most tokens of a prompt and its answer")
       ->default_val(4096)
+      ->check(decimal())
       ->check(CLI::Range(int64_t{2}, int64_t{1} << 20));
   return [a](const World* world) { return run_generate(*a, *world); };
 }

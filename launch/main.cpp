@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <sstream>
 #include <thread>
 
 #include "configs/error.h"
@@ -108,11 +107,8 @@ int main(int argc, char** argv) {
   } catch (const corank::Error& e) {
     end(chosen, e.code(), e.what());
   } catch (const CLI::ParseError& e) {
-    std::ostringstream out, error;
-    const int code = app.exit(e, out, error);
-    fmt::print("{}", out.str());
-    fmt::print(stderr, "{}", corank::printable_lines(error.str()));
-    return code == 0 ? 0 : static_cast<int>(corank::ExitCode::usage);
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
+    end(chosen, corank::ExitCode::usage, std::string(e.what()) + ". --help says more.");
   }
   try {
     return run(chosen, &argc, &argv);

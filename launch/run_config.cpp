@@ -15,6 +15,7 @@ namespace {
 
 // Far beyond any use: what is larger is a typing error, and would only show once the memory is full.
 constexpr int64_t kMaxBatchSize = 1'000'000;
+constexpr int64_t kMaxRanks = int64_t{1} << 20;
 constexpr int64_t kMaxSeqLen = int64_t{1} << 20;
 constexpr double kMaxEpochs = 1e6;
 constexpr double kMaxPackedEpochs = 1e4;  // packing makes epochs differ in length: each is counted
@@ -57,7 +58,7 @@ void read_data(const Section& s, DataConfig& d) {
 }
 
 void read_parallel(const Section& s, ParallelConfig& p) {
-  p.tensor = positive(s, "tensor", s.get<int64_t>("tensor", p.tensor));
+  p.tensor = within<int64_t>(s, "tensor", s.get<int64_t>("tensor", p.tensor), 1, kMaxRanks);
   p.backend = s.get_choice("backend", default_backend(), backend_names());
   s.get_choice("shard_base", "none", {"none"});
 }

@@ -199,6 +199,30 @@ class HostileAdapters(AdapterCase):
         self.assertEqual(out["tensors"], 8)
 
 
+class WhatIsCompared(AdapterCase):
+    def test_a_tensor_of_no_module(self):
+        for number, name in enumerate(("foo", "base_model.model.")):
+            with self.subTest(name):
+                adapter = self.adapter(f"a{number}", tensors={name: np.ones((4, 4), np.float32)})
+                self.refuse_plainly(corank("eval", self.run_file, f"adapter.path={adapter}"), 65, "not a tensor name of an adapter")
+
+    def test_modules_to_save_of_an_adapter_are_the_adapters(self):
+        name = "model.layers.0.self_attn.k_proj.weight"
+        weight = load_file(MODEL / "model.safetensors")[name]
+        adapter = self.adapter("saved", {"modules_to_save": ["k_proj"]}, {f"base_model.model.{name}": weight})
+        self.refuse_plainly(corank("eval", self.run_file, f"adapter.path={adapter}"), 65, str(adapter), "modules_to_save: k_proj")
+
+    def test_r_beside_a_pattern_is_that_of_the_file(self):
+        plain, pattern = self.adapter("plain"), self.adapter("pattern", {"r": 8, "rank_pattern": {".*": 4}})
+        self.assertEqual(self.loss(pattern, "adapter.r=8"), self.loss(plain, "adapter.r=4"))
+        self.refuse_plainly(corank("eval", self.run_file, f"adapter.path={pattern}", "adapter.r=2"), 64, "adapter.r", "2")
+
+    def test_names_are_shown_and_not_obeyed(self):
+        named = self.folder / "y\x1b[31m.yaml"
+        named.write_text(self.run_file.read_text() + f"train: {{max_steps: 1}}\noutput_dir: {self.out}\n")
+        self.assertNotIn("\x1b", self.succeed(corank("validate", named)))
+
+
 class HostileRunFiles(AdapterCase):
     def refused(self, text, *words, code=64):
         self.run_file.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -45,7 +45,8 @@ Batch span(const std::vector<int64_t>& tokens, int64_t start, at::Device device)
 
 /// The smallest set of tokens whose probabilities reach top_p, drawn by one uniform number.
 int64_t sample(const at::Tensor& logits_V, const GenerationOptions& options, int64_t position) {
-  auto [sorted, order] = at::softmax(logits_V / options.temperature, 0).sort(/*dim=*/0, /*descending=*/true);
+  auto [sorted, order] = at::softmax((logits_V - logits_V.max()).to(at::kDouble) / options.temperature, 0)
+                             .sort(/*dim=*/0, /*descending=*/true);
   const at::Tensor cumulative = sorted.cumsum(0, at::kDouble).contiguous();
   const double* sums = cumulative.const_data_ptr<double>();
   const double* end = sums + cumulative.numel();
@@ -59,9 +60,9 @@ int64_t sample(const at::Tensor& logits_V, const GenerationOptions& options, int
 void require_finite(const at::Tensor& logits_V, int64_t position, size_t num_prompt) {
   if (logits_V.isfinite().all().item<bool>()) return;
   throw InputError(fmt::format(
-      "generation: the logits for position {} (from 0; the prompt has {} tokens) are not all finite, so no token can "
-      "be "
-      "chosen. The weights or the adapter are damaged or have diverged, or numbers exceed model.dtype: take an earlier "
+      "generation: the logits for position {} (from 0; the prompt has {} tokens) are not all finite, so no token "
+      "can be chosen. The weights or the adapter are damaged or have diverged, or numbers exceed model.dtype: take an "
+      "earlier "
       "checkpoint or model.dtype: float32.",
       position, num_prompt));
 }

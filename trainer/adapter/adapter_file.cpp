@@ -123,7 +123,8 @@ std::vector<std::string> modules_of(const std::vector<std::string>& tensors) {
   std::set<std::string> seen;
   for (const std::string& name : tensors) {
     const size_t end = name.find(".lora_");
-    if (!name.starts_with(kPrefix)) throw InputError("not a tensor name of an adapter: " + name);
+    if (!name.starts_with(kPrefix) || name.find('.', std::string(kPrefix).size() + 1) == std::string::npos)
+      throw InputError("not a tensor name of an adapter: " + name);
     if (end == std::string::npos) continue;  // of modules_to_save
     const std::string module = name.substr(std::string(kPrefix).size(), end - std::string(kPrefix).size());
     if (seen.insert(module).second) modules.push_back(module);
@@ -442,11 +443,13 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
                                   fmt::join(file.modules_to_save, ", ")));
   }
   compare("init_r", run.adalora.init_r, file.adalora.init_r);
+  // Where the run file writes the one value and no pattern, the file's patterns stand beside the same value.
+  const bool same_r = !is_written("rank_pattern") && run.r == file.r;
+  const bool same_alpha = !is_written("alpha_pattern") && run.lora_alpha == file.lora_alpha;
   for (const std::string& module : modules) {
-    if (is_written("r") || is_written("rank_pattern")) compare("r", run.rank_of(module), file.rank_of(module));
-    if (is_written("lora_alpha") || is_written("alpha_pattern")) {
-      compare("lora_alpha", run.alpha_of(module), file.alpha_of(module));
-    }
+    if (!same_r) compare(is_written("r") ? "r" : "rank_pattern", run.rank_of(module), file.rank_of(module));
+    if (!same_alpha)
+      compare(is_written("lora_alpha") ? "lora_alpha" : "alpha_pattern", run.alpha_of(module), file.alpha_of(module));
   }
   AdapterConfig merged = file;
   if (file.method == "adalora") merged.adalora = merge_adalora(run.adalora, written, file.adalora);

@@ -36,10 +36,13 @@ std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config
       return !weight.saveable || (module != wanted && !module.ends_with("." + wanted));
     });
     if (found == others.end()) {
-      throw ConfigError(fmt::format(
-          "adapter.modules_to_save: {} is not one that this model can train in full beside an adapter: embedding and "
-          "head unless they are one tied weight, and the last norm. Left to choose from: {}.",
-          wanted, fmt::join(saveable(others), ", ")));
+      const std::string what = fmt::format(
+          "modules_to_save: {} is not one that this model can train in full beside an adapter: embedding and head "
+          "unless "
+          "they are one tied weight, and the last norm. Left to choose from: {}.",
+          wanted, fmt::join(saveable(others), ", "));
+      if (!config.path.empty()) throw InputError(config.path + ": " + what);
+      throw ConfigError("adapter." + what);
     }
     saved.insert(saved.end(), found, others.end());  // weight and, in a LayerNorm, bias
     others.erase(found, others.end());
