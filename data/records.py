@@ -26,7 +26,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "functio
 SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
             "function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"}
 ODD = re.compile("[\0\ud800-\udfff]")
-FIXED = ("messages", "tools", "documents", "add_generation_prompt")
+FIXED = ("messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+         "continue_final_message", "return_assistant_tokens_mask")
 
 
 class BadRecord(Exception):
@@ -172,6 +173,8 @@ def checked_message(message):
         raise BadRecord(f"a message has the keys {shown(', '.join(message))}; role and content are needed")
     if message["role"] not in ROLES:
         raise BadRecord(f"the role {shown(message['role'])} is none of {', '.join(ROLES)}")
+    if type(message.get("weight", 1)) not in (int, float) or message.get("weight", 1) not in (0, 1):
+        raise BadRecord(f"weight is {shown(message['weight'])}, and an answer is learnt (1) or not (0)")
     calls = checked_calls(message)
     if not calls or message.get("content") is not None:
         message["content"] = joined(message.get("content"))

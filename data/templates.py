@@ -9,11 +9,10 @@ import signal
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from environment import BAD_DATA, fail
 from turns import Conversation, Marks, Unclear
 
-CPU_SECONDS = 10  # for one conversation
-WALL_SECONDS = 60
+CPU_SECONDS, WALL_SECONDS = 10, 60  # for one conversation
+MESSAGES_A_SECOND = 10  # of a long one, for more: every part that it begins with is rendered
 MEMORY_BYTES = 2 << 30  # beyond what the process holds when it begins
 LONGEST_TEXT = 64 << 20
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -24,27 +23,34 @@ class TemplateRefusal(Exception):
 
 
 class TemplateProcess:
-    """The process. It ends with this one, and is never started again: a template that runs away ends the run."""
+    """The process. It ends with this one; after a template that ran away it is started again."""
 
     def __init__(self, marks, variables, now):
+        self.settings = marks, variables, now
+        self.start()
+
+    def start(self):
         context = multiprocessing.get_context("fork")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, self.pipe, marks, variables, now), daemon=True)
+        self.process = context.Process(target=serve, args=(other, self.pipe, *self.settings), daemon=True)
         self.process.start()
         other.close()
 
     def ask(self, job):
+        more = len(job.get("messages", ())) // MESSAGES_A_SECOND
         try:
-            self.pipe.send_bytes(json.dumps(job).encode())
-            if not self.pipe.poll(WALL_SECONDS):
+            self.pipe.send_bytes(json.dumps({**job, "seconds": CPU_SECONDS + more}).encode())
+            if not self.pipe.poll(WALL_SECONDS + more):
                 self.process.kill()
             answer = json.loads(self.pipe.recv_bytes())
         except RecursionError as problem:
             raise TemplateRefusal("the messages are nested too deeply") from problem
         except (EOFError, OSError):
             self.process.join()
-            fail(BAD_DATA, f"the model's chat template did not come to an end within {CPU_SECONDS} s, or broke down "
-                           f"(exit {self.process.exitcode}). Correct the template, or split the conversation.")
+            code = self.process.exitcode
+            self.start()
+            raise TemplateRefusal(f"the model's chat template did not come to an end within {CPU_SECONDS + more} s, or "
+                                  f"broke down (exit {code}); correct the template, or split the conversation") from None
         if "refused" in answer:
             raise TemplateRefusal(f"the model's chat template refuses it: {answer['refused']}")
         return answer
@@ -75,7 +81,7 @@ def serve(pipe, other_end, marks, variables, now):
             job = json.loads(pipe.recv_bytes())
         except EOFError:
             return
-        limit_time()
+        limit_time(job["seconds"])
         pipe.send_bytes(answer_to(job, marks, variables))
 
 
@@ -86,9 +92,9 @@ def limit_memory():
     limit(resource.RLIMIT_AS, held + MEMORY_BYTES)
 
 
-def limit_time():
+def limit_time(seconds):
     used = resource.getrusage(resource.RUSAGE_SELF)
-    limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS)
+    limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + seconds)
 
 
 def limit(kind, amount):
@@ -131,6 +137,11 @@ def do(job, marks, variables):
 def marked(render, messages, first, marks):
     """The answers as {% generation %} marks them."""
     text, spans = render(messages, False, mask=True)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if any(message.get("weight") == 0 for message in answers):
+        if len(spans) != len(answers):
+            raise ValueError("an answer has weight 0, and the template marks more or fewer parts than there are answers")
+        spans = [span for span, message in zip(spans, answers) if message.get("weight") != 0]
     begin = marks.common(render(messages[:first], True), text) if first else 0
     return {"text": text, "answers": [span for span in spans if span[0] >= begin], "marked": True, "unclear": []}
 

@@ -317,6 +317,12 @@ class PrepareTest(Scratch):
         tool("data/prepare", self.folder / "in.jsonl", "--model", self.model, "--out", self.folder / "file" / "out.h5",
              code=74)
 
+    def test_output_that_is_no_file_stays(self):
+        (self.folder / "in.jsonl").write_text('{"text": "abc"}\n')
+        os.mkfifo(self.folder / "pipe")
+        tool("data/prepare", self.folder / "in.jsonl", "--model", self.model, "--out", self.folder / "pipe", code=64)
+        self.assertTrue((self.folder / "pipe").is_fifo())
+
 
 class TinyGguf:
     """A llama of 1 layer, width 32, 4 heads and 2 key-value heads, written with gguf's own writer."""

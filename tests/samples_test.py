@@ -363,8 +363,17 @@ class RecordTest(Samples):
         self.assertEqual((pair[0], self.targets(tokenizer, pair)), (whole[0], ["five<|im_end|>"]))
 
     def test_weight_0_is_no_target(self):
-        sample = self.prepare(self.model, {"messages": [TWO[0], {**TWO[1], "weight": 0}, *TWO[2:]]})[0]
-        self.assertEqual(self.targets(AutoTokenizer.from_pretrained(str(self.model)), sample), ["five<|im_end|>"])
+        record = {"messages": [TWO[0], {**TWO[1], "weight": 0}, *TWO[2:]]}
+        for model in (self.model, chatml(self.folder / "marked", GENERATION)):
+            sample = self.prepare(model, record)[0]
+            self.assertEqual(self.targets(AutoTokenizer.from_pretrained(str(model)), sample), ["five<|im_end|>"])
+        self.assertIn("weight is '0'", self.prepare(self.model, {"messages": [TWO[0], {**TWO[1], "weight": "0"}]}, code=65))
+
+    def test_variables_that_would_render_something_else(self):
+        for name in ("continue_final_message", "chat_template", "return_assistant_tokens_mask"):
+            with self.subTest(name):
+                record = {"messages": TWO, "chat_template_kwargs": {name: True}}
+                self.assertIn("chat_template_kwargs is no object, or holds", self.prepare(self.model, record, code=65))
 
     def test_keys_that_the_template_does_not_read(self):
         thoughtful = [{**m, "reasoning_content": "hm", "tool_calls": None} if m["role"] == "assistant" else m for m in TWO]
