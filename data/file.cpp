@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "configs/error.h"
+#include "configs/text.h"
 
 namespace corank {
 namespace {
@@ -167,7 +168,7 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path) {
 AtomicFile::~AtomicFile() {
   if (fd_ >= 0) ::close(fd_);
   if (!temporary_.empty() && ::unlink(temporary_.c_str()) != 0) {
-    spdlog::warn("{}: left behind, it cannot be removed: {}", temporary_, reason());
+    spdlog::warn("{}: left behind, it cannot be removed: {}", printable(temporary_), reason());
   }
 }
 

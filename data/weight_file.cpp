@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "configs/error.h"
+#include "configs/text.h"
 #include "data/file.h"
 #include "data/json_object.h"
 #include "data/strict_json.h"
@@ -180,7 +181,7 @@ void copy_companions(const std::string& from, const std::string& to) {
       copy_file_atomically(target.string(), to + "/" + name);
     } else {
       spdlog::warn("{}: {} is a symbolic link out of the model folder, so it is not copied. Copy the file itself.",
-                   from, shown_key(name));
+                   printable(from), shown_key(name));
     }
   }
 }

@@ -213,6 +213,13 @@ void check_output(const RunConfig& run, const RunIdentity& identity) {
   if (!fs::exists(path)) return;
   const std::string other = read_file(path, kMaxRunFileBytes);
   if (other.starts_with(identity_line(identity))) return;
+  if (!other.starts_with("# identity: ")) {
+    throw ConfigError(
+        fmt::format("output_dir: {} does not say which run it is of; it is damaged, or another program's. Remove that "
+                    "file alone if "
+                    "the folder is this run's: its checkpoints say for themselves what they belong to.",
+                    path));
+  }
   throw ConfigError(
       fmt::format("output_dir: {} holds another run ({}; its settings are in run.yaml). Choose another output_dir or "
                   "remove it; to train on from its result, name that in adapter.path.",

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "configs/text.h"
 #include "launch/checks.h"
 #include "launch/commands.h"
 #include "launch/console.h"
@@ -28,7 +29,7 @@ int run_eval(const CommandLine& command, const World& world) {
   const auto batches = evaluation_batches(file, options);
   const EvalResult result = evaluate(mesh, session.model(), batches);
   if (!session.leader()) return 0;
-  for (const std::string& line : sample_remarks(file, options.sampler)) fmt::print(stderr, "{}\n", line);
+  for (const std::string& line : sample_remarks(file, options.sampler)) fmt::print(stderr, "{}\n", printable(line));
   const int64_t samples = Sampler(file, options.sampler).num_used();
   if (command.json) {
     fmt::print("{}\n", nlohmann::json{{"loss", result.loss},

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "configs/text.h"
 #include "data/file.h"
 #include "launch/commands.h"
 #include "launch/console.h"
@@ -75,7 +76,7 @@ void report(const Arguments& a, const RunConfig& run, const MergeResult& result,
   const std::string kind = dequantize         ? fmt::format(" of the {} base, dequantised,", run.model.quantization)
                            : base == "stored" ? ""
                                               : " of the base as the folder holds it, not as the run quantises it,";
-  fmt::print("{}: {} tensors, {}; the adapter changed {} linears{} and replaced {} tensors\n", a.output,
+  fmt::print("{}: {} tensors, {}; the adapter changed {} linears{} and replaced {} tensors\n", printable(a.output),
              grouped(result.tensors), human_bytes(result.bytes), result.merged, kind, result.replaced);
 }
 

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "configs/text.h"
 #include "launch/checks.h"
 #include "launch/commands.h"
 #include "launch/console.h"
@@ -23,7 +24,7 @@ int run_validate(const Arguments& a) {
     if (path.empty()) continue;
     const TokenFile file(path);
     for (const std::string& line : sample_remarks(file, run.loader_options(0, 1).sampler)) {
-      fmt::print(stderr, "{}\n", line);
+      fmt::print(stderr, "{}\n", printable(line));
     }
   }
   if (a.json) {
@@ -36,7 +37,7 @@ int run_validate(const Arguments& a) {
   } else {
     fmt::print(
         "{} is valid for {} rank{}: {} base parameters, {} adapted modules, {} training and {} evaluation samples\n",
-        a.run_file, ranks, ranks == 1 ? "" : "s", grouped(inputs.base_parameters), inputs.targets.size(),
+        printable(a.run_file), ranks, ranks == 1 ? "" : "s", grouped(inputs.base_parameters), inputs.targets.size(),
         grouped(inputs.train_samples), grouped(inputs.eval_samples));
   }
   return 0;

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import unittest
@@ -295,6 +296,22 @@ class Stops(ModelCase):
     def until_end(self):
         return self.all[:self.first + 1]
 
+    def test_numbers_are_decimal_digits(self):
+        for option, number in (("--prompt-tokens", "010"), ("--prompt-tokens", "0x10"), ("--prompt-tokens", "1,,2"),
+                               ("--prompt-tokens", "1,"), ("--prompt-tokens", "-1"), ("--stop-tokens", "5,05"), ("--seed", "010"),
+                               ("--seed", "-1"), ("--max-new-tokens", "0x10")):
+            with self.subTest(f"{option} {number}"):
+                prompt = [] if option == "--prompt-tokens" else ["--prompt-tokens", "1"]
+                self.refused(corank("generate", self.run_file, *prompt, f"{option}={number}"), 64, "corank: ", option)
+
+    def test_a_temperature_next_to_0_is_greedy(self):
+        self.assertEqual(self.generated("--max-new-tokens", 12, "--temperature", "1e-300"), self.all)
+
+    def test_requests_name_their_own_keys(self):
+        requests = [{"prompt": [1], "stop_tokens": [999]}, {"prompt": [2**63]}, {"prompt": [1], "seed": -1}, {"prompt": [1], "x": 1}]
+        for answer, word in zip(self.serve(requests), ("stop_tokens: 999", f"prompt is {2**63}", "seed is -1", "x is not one of"), strict=True):
+            self.assertIn(word, answer["error"])
+
     def test_where_it_is_named(self):
         other = next(i for i in range(VOCABULARY) if i not in self.all)
         for generation, config, stops in (({}, self.end, True), ({}, [other, self.end], True), (None, self.end, True),
@@ -334,6 +351,28 @@ class Folders(Case):
 
     def again(self):
         return self.train(*self.SETTINGS)
+
+    def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(self):
+        self.succeed(self.train(*self.SETTINGS, "save_total_limit=9"))
+        os.chmod(self.out / "checkpoint-1", 0o555)
+        ordinary = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-dac_override,-dac_read_search,-fowner"]
+        command = [CORANK, "train", TINY, f"output_dir={self.out}", *self.SETTINGS, "save_total_limit=1",
+                   f"resume={self.out}/checkpoint-2"]
+        for start in (1, 2):
+            done = subprocess.run([*ordinary, *command] if os.getuid() == 0 else command, cwd=ROOT, env=ENVIRONMENT, text=True,
+                                  capture_output=True, timeout=100)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("remove it by hand", done.stderr)
+        os.chmod(self.out / "pruned-checkpoint-1", 0o755)
+
+    def test_a_damaged_run_yaml_is_named(self):
+        self.succeed(self.again())
+        (self.out / "run.yaml").write_text("")
+        refused = self.again()
+        self.assertEqual(refused.returncode, 64, refused.stderr)
+        self.assertIn("Remove that file alone", refused.stderr)
+        (self.out / "run.yaml").unlink()
+        self.assertIn("already complete after step 4", self.succeed(self.again()))
 
     def test_a_manifest_of_another_identity_is_damaged(self):
         self.succeed(self.again())

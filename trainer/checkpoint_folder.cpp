@@ -1,12 +1,14 @@
 #include "trainer/checkpoint_folder.h"
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
+#include "configs/text.h"
 #include "data/file.h"
 #include "data/h5.h"
 #include "data/json_object.h"
@@ -121,6 +123,16 @@ std::optional<Manifest> unless_refused(const Read& read, std::string& why) {
   return std::nullopt;
 }
 
+/// Tidies up for a run, which goes on where that is not possible.
+template <class Action>
+void tidy(const Action& action) {
+  try {
+    action();
+  } catch (const fs::filesystem_error& e) {
+    spdlog::warn("{}. It stays there; remove it by hand.", printable(e.what()));
+  }
+}
+
 /// Whether the checkpoint counts for the run's save_total_limit.
 bool counts(const std::string& path, const std::string& identity) {
   std::string why;
@@ -228,9 +240,11 @@ void prune_checkpoints(const std::string& folder, const std::string& identity, c
     if (fs::weakly_canonical(path) == also || !counts(path, identity)) continue;
     if (++kept <= retention.limit || step == just_written) continue;
     const std::string leaving = fmt::format("{}/{}{}{}", folder, kPruned, kPrefix, step);
-    fs::remove_all(leaving);
-    fs::rename(path, leaving);
-    fs::remove_all(leaving);
+    tidy([&] {
+      fs::remove_all(leaving);
+      fs::rename(path, leaving);
+      fs::remove_all(leaving);
+    });
   }
 }
 
@@ -240,9 +254,9 @@ void remove_leftovers(const std::string& folder) {
     const std::string name = entry.path().filename().string();
     if (!fs::is_directory(entry.symlink_status())) continue;
     if (name.starts_with(kPruned) && step_in_name(name.substr(std::string(kPruned).size()))) {
-      fs::remove_all(entry.path());
+      tidy([&] { fs::remove_all(entry.path()); });
     } else if (name == "adapter" || name == "model" || step_in_name(name)) {
-      remove_temporaries(entry.path().string());
+      tidy([&] { remove_temporaries(entry.path().string()); });
     }
   }
 }

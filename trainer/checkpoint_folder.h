@@ -54,11 +54,13 @@ struct Retention {
 
 /// Removes the oldest checkpoints of the run `identity` beyond what `retention` keeps; never the newest one, nor that
 /// of step `just_written`. Only those count whose manifest is right and whose files have its sizes: what was just
-/// written has been read back, so that the others need not be read for this. Whatever else is there stays.
+/// written has been read back, so that the others need not be read for this. Whatever else is there stays. What cannot
+/// be removed is warned of.
 void prune_checkpoints(const std::string& folder, const std::string& identity, const Retention& retention,
                        int64_t just_written);
 
-/// Removes what interrupted writes of a run left in `folder`. Only while no other process writes there.
+/// Removes what interrupted writes of a run left in `folder`; what cannot be removed is warned of. Only while no other
+/// process writes there.
 void remove_leftovers(const std::string& folder);
 
 }  // namespace corank
