@@ -246,7 +246,7 @@ class PrepareTest(Scratch):
 
     def test_bad_records_are_refused_with_their_line(self):
         good = b'{"text": "abc"}\n'
-        bad = {b'{"id": 1}': "its keys are", b'{"text": "a", "messages": []}': "more than one kind",
+        bad = {b'{"id": 1}': "its keys are", b'{"conversations": [], "messages": []}': "more than one kind",
                b'{"text": ""}': "text is empty", b'{"text": 1}': "string",
                b'{"text": "a\\u0000"}': "zero character", b'{"text": "\\ud800"}': "surrogate",
                b'["a"]': "not a JSON object",
