@@ -466,7 +466,7 @@ class Life(Case):
         adapter = self.trained("run")
         good = {"prompt": [5, 25], "max_new_tokens": 3}
         bad = (("{", "request"), ([], "JSON object"), ({}, "prompt is missing"), ({**good, "promt": 1}, "promt"),
-               ({**good, "prompt": [1.5]}, "wrong type"), ({**good, "prompt": [130]}, "vocabulary"),
+               ({**good, "prompt": [1.5]}, "prompt is 1.5"), ({**good, "prompt": [130]}, "vocabulary"),
                ({**good, "adapter": "x"}, "'x'; there are: default, y, base"), ({**good, "temperature": -1}, "temperature"),
                ({**good, "max_new_tokens": 0}, "max_new_tokens"), ({**good, "max_new_tokens": 99}, "--max-positions"))
         lines = [line if isinstance(line, str) else json.dumps(line) for request, _ in bad for line in (request, good)]
