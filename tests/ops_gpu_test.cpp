@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "trainer/methods/mora_update.h"
 #include "trainer/ops/cuda.h"
 #include "trainer/ops/dropout.h"
-#include "trainer/ops/mora.h"
 #include "trainer/ops/quantize.h"
 
 namespace corank::ops {

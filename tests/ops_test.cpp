@@ -5,15 +5,15 @@
 
 #include "comm/backends.h"
 #include "tests/support.h"
+#include "trainer/layers/cross_entropy.h"
+#include "trainer/layers/embedding.h"
+#include "trainer/layers/projection.h"
+#include "trainer/methods/dora_update.h"
+#include "trainer/methods/mora_update.h"
 #include "trainer/ops/adamw.h"
 #include "trainer/ops/attention.h"
-#include "trainer/ops/cross_entropy.h"
-#include "trainer/ops/dora.h"
 #include "trainer/ops/dropout.h"
-#include "trainer/ops/embedding.h"
 #include "trainer/ops/layer_norm.h"
-#include "trainer/ops/linear.h"
-#include "trainer/ops/mora.h"
 #include "trainer/ops/philox.h"
 #include "trainer/ops/random.h"
 #include "trainer/ops/recompute.h"
@@ -87,7 +87,7 @@ TEST(Linear, ForwardIsThePlainFormula) {
   const Fixed w(random({6, 5}, "w"));
   const Weight a = trainable(leaf({3, 5}, "a")), b = trainable(leaf({6, 3}, "b")), bias{random({6}, "bias"), {}};
   const at::Tensor x = random({7, 5}, "x");
-  const at::Tensor y = linear(x, {{&w, {}, bias, low_rank(a, b, 0.7)}})[0];
+  const at::Tensor y = project(x, {{&w, {}, bias, low_rank(a, b, 0.7)}})[0];
   const at::Tensor plain = at::mm(x, w.w_OI.t()) + bias.value + 0.7 * at::mm(at::mm(x, a.value.t()), b.value.t());
   EXPECT_LT(relative_error(y, plain), 1e-14);
 }
@@ -99,8 +99,8 @@ TEST(Linear, GradientsOfSeveralProjectionsWithDropout) {
   const Fixed m1(w1.detach()), m2(w2);
   Dropout drop{0.3, 11, at::arange(7, at::TensorOptions(at::kLong)), 0};
   const auto f = [&] {
-    auto y = linear(x, {{&m1, w1, trainable(bias1), low_rank(trainable(a1), trainable(b1), 0.7)},
-                        {&m2, {}, {}, low_rank(trainable(a2), trainable(b2), 2, drop)}});
+    auto y = project(x, {{&m1, w1, trainable(bias1), low_rank(trainable(a1), trainable(b1), 0.7)},
+                         {&m2, {}, {}, low_rank(trainable(a2), trainable(b2), 2, drop)}});
     return weigh(y[0]) + weigh(y[1]);
   };
   EXPECT_LT(gradient_error(f, {x, w1, bias1, a1, b1, a2, b2}), kGradientBound);
@@ -113,7 +113,7 @@ TEST(LowRank, DiagonalForwardAndGradients) {
     const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
     const auto y = [&] {
       const LowRank factors{trainable(a), trainable(b), 0.7, drop};
-      return linear(x, {{&w, {}, {}, std::make_shared<DiagonalUpdate>(factors, trainable(e))}})[0];
+      return project(x, {{&w, {}, {}, std::make_shared<DiagonalUpdate>(factors, trainable(e))}})[0];
     };
     const at::Tensor delta = at::mm(b, e * a) * 0.7;
     EXPECT_LT(relative_error(y(), at::mm(x, w.w_OI.t()) + at::mm(dropout(x.detach(), drop), delta.t())), 1e-14);
@@ -131,7 +131,7 @@ TEST(Dora, ForwardAndGradientsWithConstantNorms) {
     const auto y = [&] {
       const LowRank factors{trainable(a), trainable(b), 0.7, drop};
       const MagnitudeScale scale{m, m.detach() / n, n.reciprocal(), m.detach().reciprocal()};
-      return linear(x, {{&w, {}, trainable(bias), std::make_shared<DoraUpdate>(factors, scale)}})[0];
+      return project(x, {{&w, {}, trainable(bias), std::make_shared<DoraUpdate>(factors, scale)}})[0];
     };
     const at::Tensor dropped = dropout(x.detach(), drop), gamma = m / n;
     const at::Tensor q = at::mm(dropped, (w.w_OI + at::mm(b, a) * 0.7).t());
@@ -148,7 +148,7 @@ TEST(Dora, AMagnitudeOfZeroLearns) {
   const Fixed w(random({6, 5}, "w"));
   const MagnitudeScale scale{m, at::full({6}, 1e-20, kDouble), n, at::full({6}, 1e20, kDouble)};
   const LowRank factors{trainable(a), trainable(b), 0.7, {}};
-  weigh(linear(x, {{&w, {}, {}, std::make_shared<DoraUpdate>(factors, scale)}})[0]).backward();
+  weigh(project(x, {{&w, {}, {}, std::make_shared<DoraUpdate>(factors, scale)}})[0]).backward();
   const at::Tensor q = at::mm(x, (w.w_OI + at::mm(b, a) * 0.7).t()), g = at::ones_like(q).requires_grad_();
   weigh(g).backward();
   EXPECT_LT(relative_error(m.grad(), (g.grad() * q).sum(0)), 1e-13);
@@ -158,7 +158,7 @@ TEST(LowRankTest, ZerosUpToAMultipleChangeNothing) {
   const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b");
   const Fixed w(random({6, 5}, "w"));
   const LowRank factors{trainable(a), trainable(b), 0.7, {}};
-  const auto y = [&](const LowRank& f) { return linear(x, {{&w, {}, {}, std::make_shared<LowRankUpdate>(f)}})[0]; };
+  const auto y = [&](const LowRank& f) { return project(x, {{&w, {}, {}, std::make_shared<LowRankUpdate>(f)}})[0]; };
   EXPECT_EQ(padded(factors, 8).a_RI.value.size(0), 8);
   EXPECT_LT(relative_error(y(padded(factors, 8)), y(factors)), 1e-15);
   EXPECT_LT(gradient_error([&] { return weigh(y(padded(factors, 8))); }, {x, a, b}), kGradientBound);
@@ -192,7 +192,7 @@ struct Watched : Matrix {
 TEST(Linear, KeepsNoWeightForBackward) {
   const Watched w;
   const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b");
-  const auto y = linear(x, {{&w, {}, {}, low_rank(trainable(a), trainable(b), 1)}});
+  const auto y = project(x, {{&w, {}, {}, low_rank(trainable(a), trainable(b), 1)}});
   EXPECT_TRUE(w.last.expired());
   torch::autograd::backward({weigh(y[0])}, {});
   EXPECT_TRUE(a.grad().defined() && b.grad().defined() && x.grad().defined());
@@ -212,7 +212,7 @@ TEST(Mora, EveryTypeIsItsDenseMatrix) {
       for (const Dropout& dropout_ : {Dropout{}, drop}) {
         const Rotation turn = rotation_of(r, in, out, kDouble);
         const Mora whole{trainable(m), compress, decompress, {in, 0, in}, {out, 0, out}, dropout_, turn};
-        const auto y = [&] { return linear(x, {{&w, {}, {}, std::make_shared<MoraUpdate>(whole)}})[0]; };
+        const auto y = [&] { return project(x, {{&w, {}, {}, std::make_shared<MoraUpdate>(whole)}})[0]; };
         const at::Tensor delta = mora_delta(m.detach(), compress, decompress, in, out);
         const at::Tensor plain = at::mm(x, w.w_OI.t()) + at::mm(dropout(x.detach(), dropout_), delta.t());
         EXPECT_LT(relative_error(y(), plain), compress == rotate ? 1e-6 : 1e-13);
@@ -228,7 +228,7 @@ TEST(Mora, EveryTypeIsItsDenseMatrix) {
           const Rotation turn = rotation_of(r, in, out, kDouble);
           const Mora part{trainable(m), compress, decompress, i, o, Dropout{}, turn};
           const at::Tensor y =
-              linear(x.narrow(1, i.start, i.length), {{&none, {}, {}, std::make_shared<MoraUpdate>(part)}})[0];
+              project(x.narrow(1, i.start, i.length), {{&none, {}, {}, std::make_shared<MoraUpdate>(part)}})[0];
           sum = !sum.defined() ? y : row ? sum + y : at::cat({sum, y}, 1);
         }
         EXPECT_LT(relative_error(sum, at::mm(x, mora_delta(m.detach(), compress, decompress, in, out).t())), 1e-6);

@@ -9,11 +9,11 @@
 #include "comm/mesh.h"
 #include "comm/world.h"
 #include "data/loader.h"
-#include "trainer/adapter/start.h"
-#include "trainer/model/families.h"
-#include "trainer/optimizer.h"
-#include "trainer/schedule.h"
-#include "trainer/step.h"
+#include "trainer/methods/start.h"
+#include "trainer/models/families.h"
+#include "trainer/run/optimizer.h"
+#include "trainer/run/schedule.h"
+#include "trainer/run/step.h"
 
 /// What the tests of trainer/ share.
 namespace corank::test {
@@ -27,7 +27,7 @@ std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger);
 /// Everything between a model and a step, over the ranks of `world` (null: this process alone).
 struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
-              OptimizerOptions optimizer = {}, uint64_t seed = 42, const AdapterFile* file = nullptr);
+              OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
 
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
 

@@ -4,8 +4,8 @@
 
 #include "tests/mpi_main.h"
 #include "tests/support.h"
-#include "trainer/checkpoint.h"
-#include "trainer/traffic.h"
+#include "trainer/run/checkpoint.h"
+#include "trainer/run/traffic.h"
 
 // Suites over settings of a run, for every layout: the same losses, the same bits where tensors are replicated, the
 // same bytes as predicted.
