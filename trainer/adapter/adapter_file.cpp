@@ -19,8 +19,8 @@ namespace corank {
 namespace {
 
 constexpr int64_t kMaxConfigBytes = int64_t{1} << 24;
-constexpr const char* kPrefix = "base_model.model.";
-constexpr const char* kFormat = "corank-adapter";
+constexpr const char* kPeftPrefix = "base_model.model.";
+constexpr const char* kAdapterFormat = "corank-adapter";
 /// Embedding and head by the last part of their names, in every family.
 constexpr std::string_view kVocabularyModules[] = {"embed_tokens", "wte", "lm_head"};
 
@@ -39,7 +39,7 @@ bool is_of_module(const std::string& tensor, const std::string& module) {
 /// PEFT's spellings of one tensor -> the name corank uses.
 std::string canonical_name(std::string name) {
   if (name.starts_with("_orig_mod.")) name.erase(0, 10);
-  if (!name.starts_with(kPrefix)) name.insert(0, kPrefix);
+  if (!name.starts_with(kPeftPrefix)) name.insert(0, kPeftPrefix);
   if (const size_t infix = name.rfind(".default"); infix != std::string::npos) name.erase(infix, 8);
   if (const size_t infix = name.rfind(".modules_to_save"); infix != std::string::npos) name.erase(infix, 16);
   if (name.ends_with(".lora_magnitude_vector.weight")) name.erase(name.size() - 7);
@@ -123,10 +123,10 @@ std::vector<std::string> modules_of(const std::vector<std::string>& tensors) {
   std::set<std::string> seen;
   for (const std::string& name : tensors) {
     const size_t end = name.find(".lora_");
-    if (!name.starts_with(kPrefix) || name.find('.', std::string(kPrefix).size() + 1) == std::string::npos)
+    if (!name.starts_with(kPeftPrefix) || name.find('.', std::string(kPeftPrefix).size() + 1) == std::string::npos)
       throw InputError("not a tensor name of an adapter: " + name);
     if (end == std::string::npos) continue;  // of modules_to_save
-    const std::string module = name.substr(std::string(kPrefix).size(), end - std::string(kPrefix).size());
+    const std::string module = name.substr(std::string(kPeftPrefix).size(), end - std::string(kPeftPrefix).size());
     if (seen.insert(module).second) modules.push_back(module);
   }
   return modules;
@@ -203,7 +203,7 @@ std::string read_method(const h5::Reader& file) {
 
 AdapterFile read_h5(const std::string& path) {
   const h5::Reader file(path);
-  if (!file.has_attribute("format") || file.attribute_string("format") != kFormat) {
+  if (!file.has_attribute("format") || file.attribute_string("format") != kAdapterFormat) {
     throw InputError(path + ": not an adapter file of corank (attribute format is missing or another).");
   }
   const std::string method = read_method(file);
@@ -235,7 +235,7 @@ std::vector<std::string> saved_in_full(const AdapterFile& adapter) {
     if (found == adapter.tensors.end()) {
       throw InputError(fmt::format("modules_to_save names {}, of which there is no tensor.", saved));
     }
-    modules.push_back(module_of(found->first).substr(std::string(kPrefix).size()));
+    modules.push_back(module_of(found->first).substr(std::string(kPeftPrefix).size()));
   }
   return modules;
 }
@@ -299,8 +299,8 @@ void check_adapter(const AdapterFile& adapter, const std::string& origin) {
   const auto method = make_method(adapter.config);
   for (const std::string& module : modules) {
     for (const auto& [suffix, shape] : method->parts(module)) {
-      const auto found = tensors.find(kPrefix + module + suffix);
-      if (found == tensors.end()) refuse(fmt::format("tensor {}{}{} is missing", kPrefix, module, suffix));
+      const auto found = tensors.find(kPeftPrefix + module + suffix);
+      if (found == tensors.end()) refuse(fmt::format("tensor {}{}{} is missing", kPeftPrefix, module, suffix));
       if (!has_shape(found->second, shape)) {
         refuse(fmt::format("tensor {} has shape [{}], its config asks for [{}] (-1: any)", found->first,
                            fmt::join(found->second.sizes(), ", "), fmt::join(shape, ", ")));
@@ -360,7 +360,7 @@ std::vector<std::string> saved_along(const AdapterFile& adapter) {
   const auto& listed = adapter.config.modules_to_save;
   std::vector<std::string> modules;
   for (const auto& entry : adapter.tensors) {
-    const std::string module = module_of(entry.first).substr(std::string(kPrefix).size());
+    const std::string module = module_of(entry.first).substr(std::string(kPeftPrefix).size());
     const bool is_listed =
         std::any_of(listed.begin(), listed.end(), [&](const auto& one) { return is_of_module(entry.first, one); });
     if (is_listed || entry.first.find(".lora_") != std::string::npos || !is_of_vocabulary(module)) continue;
@@ -370,7 +370,7 @@ std::vector<std::string> saved_along(const AdapterFile& adapter) {
 }
 
 ModuleTensors module_tensors(const NamedTensors& tensors, const std::string& module, const at::TensorOptions& options) {
-  const std::string start = kPrefix + module;
+  const std::string start = kPeftPrefix + module;
   ModuleTensors found;
   for (const auto& [name, tensor] : tensors) {
     if (name.starts_with(start + ".")) found.emplace(name.substr(start.size()), tensor.to(options));
@@ -396,7 +396,7 @@ void write_peft_folder(const std::string& folder, AdapterFile adapter) {
 
 std::string adapter_h5_image(const AdapterFile& adapter) {
   h5::Writer file;
-  file.attribute("format", kFormat);
+  file.attribute("format", kAdapterFormat);
   file.attribute("version", int64_t{1});
   file.attribute("base_model", adapter.base_model);
   file.attribute("method", adapter.config.method);

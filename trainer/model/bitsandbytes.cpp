@@ -17,9 +17,9 @@ using nlohmann::ordered_json;
 const char* const kState = ".quant_state.bitsandbytes__nf4";
 
 /// One weight of the folder: its parts are tensors whose names begin with its own.
-class Weight {
+class PackedWeight {
  public:
-  Weight(WeightFile& file, std::string name, bool outline)
+  PackedWeight(WeightFile& file, std::string name, bool outline)
       : file_(file), name_(std::move(name)), outline_(outline), state_(read_state()) {}
 
   [[noreturn]] void refuse(const std::string& what) const {
@@ -80,7 +80,7 @@ class Weight {
 };
 
 /// For messages: what quantised the weights, and to what.
-std::string kind_of(const ConfigFile& config) {
+std::string quantization_of(const ConfigFile& config) {
   const std::string method = shown(config.get_optional<std::string>("quant_method").value_or("bitsandbytes"));
   if (!config.get_optional<bool>("load_in_4bit").value_or(false)) return method;
   const std::string type = shown(config.get_optional<std::string>("bnb_4bit_quant_type").value_or("fp4"));
@@ -93,7 +93,7 @@ std::optional<StoredNf4> stored_as_nf4(const std::string& config_json, const std
   const JsonObject root(config_json, origin);
   if (!root.has("quantization_config")) return std::nullopt;
   const ConfigFile config(root.get<JsonObject>("quantization_config"));
-  const std::string kind = kind_of(config);
+  const std::string kind = quantization_of(config);
   if (kind != R"("bitsandbytes" with bnb_4bit_quant_type "nf4")") {
     config.fail("says that the weights are quantised by " + kind +
                 ". Of quantised weights only bitsandbytes' nf4 is read; take the model in 16 bits");
@@ -113,7 +113,7 @@ bool holds_bitsandbytes_nf4(const WeightFile& file) {
 
 ops::Nf4 read_bitsandbytes_nf4(WeightFile& file, const std::string& name, const std::vector<int64_t>& shape,
                                bool outline) {
-  const Weight weight(file, name, outline);
+  const PackedWeight weight(file, name, outline);
   weight.require("quant_type", "nf4");
   weight.require("blocksize", ops::kNf4Block);
   weight.require("shape", shape);

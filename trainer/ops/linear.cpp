@@ -8,7 +8,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Call : torch::CustomClassHolder {
+struct LinearCall : torch::CustomClassHolder {
   std::vector<Projection> projections;
   std::vector<size_t> num_saved;  ///< tensors that each projection's update saved
   bool x_needs_grad = false;
@@ -43,7 +43,7 @@ variable_list backward_one(const Projection& p, const at::Tensor& g_NO, const at
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x_NI, at::TensorList /*leaves*/,
-                               c10::intrusive_ptr<Call> call) {
+                               c10::intrusive_ptr<LinearCall> call) {
     variable_list outputs, saved;
     bool keep_x = false;
     for (const Projection& p : call->projections) {
@@ -60,7 +60,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    auto call = c10::static_intrusive_pointer_cast<LinearCall>(ctx->saved_data["call"].toCapsule());
     const variable_list saved = ctx->get_saved_variables();
     variable_list grads(1);
     auto next = saved.begin();
@@ -87,7 +87,7 @@ std::vector<at::Tensor> linear(const at::Tensor& x_NI, std::vector<Projection> p
   for (const Projection& p : projections) {
     for (const at::Tensor& leaf : leaves_of(p)) leaves.push_back(leaf);
   }
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<LinearCall>();
   call->projections = std::move(projections);
   call->x_needs_grad = x_NI.requires_grad();
   return LinearFunction::apply(x_NI, at::TensorList(leaves), std::move(call));
