@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kChunkElements = int64_t{1} << 26;  // logits held at once: 256 MiB in float32
 
-struct Call : torch::CustomClassHolder {
+struct CrossEntropyCall : torch::CustomClassHolder {
   VocabularyHead head;
   Communicator* tp = nullptr;
   int64_t chunk_rows = 0;
@@ -90,7 +90,7 @@ void to_gradient(const at::Tensor& logits_MV, const at::Tensor& lse_M, const at:
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h_ND, const std::optional<at::Tensor>& leaf,
                             const at::Tensor& target_rows_M, const at::Tensor& targets_M,
-                            c10::intrusive_ptr<Call> call) {
+                            c10::intrusive_ptr<CrossEntropyCall> call) {
     const at::Tensor w_VD = rows_VD(call->head);
     const bool head_trains = call->head.weight_VD.trains();
     const at::Tensor h_MD = h_ND.index_select(0, target_rows_M);
@@ -135,7 +135,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
 at::Tensor cross_entropy(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
                          const VocabularyHead& head, Communicator& tp, int64_t chunk_rows) {
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<CrossEntropyCall>();
   call->head = head;
   call->tp = &tp;
   call->chunk_rows = rows_at_once(head, chunk_rows);

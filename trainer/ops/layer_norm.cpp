@@ -4,13 +4,13 @@
 
 #include <array>
 
+#include "trainer/ops/wide.h"
+
 namespace corank::ops {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-at::Tensor wide(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat); }
 
 /// As ATen's kernel may take it: on the CPU it would round the statistics of bfloat16 rows to bfloat16.
 at::Tensor for_kernel(const at::Tensor& x) { return x.is_cuda() ? x : wide(x); }
