@@ -5,11 +5,11 @@
 namespace corank {
 
 std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const StoredWeight& stored,
-                                                const Shard& shard);
+                                                const Shard& shard, const WeightPlace& place);
 std::unique_ptr<FrozenWeight> make_int8_weight(const FormatOptions& options, const StoredWeight& stored,
-                                               const Shard& shard);
+                                               const Shard& shard, const WeightPlace& place);
 std::unique_ptr<FrozenWeight> make_nf4_weight(const FormatOptions& options, const StoredWeight& stored,
-                                              const Shard& shard);
+                                              const Shard& shard, const WeightPlace& place);
 
 /// stored.read(shard); InputError if it holds NaN or infinity, which no block of quantised weights can.
 at::Tensor read_finite(const StoredWeight& stored, const Shard& shard);
