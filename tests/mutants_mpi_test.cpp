@@ -13,10 +13,7 @@ int ranks() { return test_world().size(); }
 Combination plain(const std::string& method) { return {{method, small(method)}, "none"}; }
 
 /// The same ranks as a mesh that splits nothing: what a method sums over tp stays this rank's part.
-struct Unsplit {
-  Ledger ledger;
-  Mesh mesh{ranks_of(&test_world(), ledger), 1};
-};
+const Mesh& unsplit() { return shared_mesh(&test_world(), 1).mesh; }
 
 /// A method of which a subclass changes one thing.
 class Altered : public AdapterMethod {
@@ -46,11 +43,8 @@ class OwnStatistics : public Altered {
  public:
   using Altered::Altered;
   void on_step_end(int64_t step, Optimizer& optimizer, const Mesh&) override {
-    Altered::on_step_end(step, optimizer, unsplit_.mesh);
+    Altered::on_step_end(step, optimizer, unsplit());
   }
-
- private:
-  Unsplit unsplit_;
 };
 
 /// What does not come from the loss is added when early() is called.
@@ -78,13 +72,12 @@ double layout_deviation(const Combination& c, const std::vector<double>& losses)
 TEST(Mutants, DoraWithoutTheSumOfRowParallelNorms) {
   Layers layers(&test_world(), ranks(), plain("dora"), at::kFloat);
   const Parts p = parts_of(layers);
-  const Unsplit unsplit;
   randomise(p);
   EXPECT_LT(merged_deviation(p, Split::row).forward, kSingle);
-  p.method.begin(unsplit.mesh);
+  p.method.begin(unsplit());
   EXPECT_GT(merged_deviation(p, Split::row).forward, kSeen);
   EXPECT_LT(merged_deviation(p, Split::column).forward, kSingle) << "nothing is summed there";
-  p.method.initialise(unsplit.mesh);
+  p.method.initialise(unsplit());
   EXPECT_GT(norm_deviation(p, Split::row), kSeen);
 }
 
@@ -151,9 +144,9 @@ TEST(Mutants, ReplicatedFactorsWhoseGradientsAreNotSummedOverTp) {
     wrong.reducer =
         std::make_unique<GradReducer>(wrong.mesh, all.narrow(0, 0, 0), all, wrong.method->gradient_purpose());
     EXPECT_LT(layout_deviation(plain(method), losses_of(right, 3)), kSingle) << method;
-    EXPECT_EQ(unequal_replicas(parts_of(right)), std::vector<std::string>{}) << method;
+    EXPECT_EQ(unequal_replicas(right.mesh, right.store), std::vector<std::string>{}) << method;
     EXPECT_GT(layout_deviation(plain(method), losses_of(wrong, 3)), 2 * kSingle) << method;
-    EXPECT_NE(unequal_replicas(parts_of(wrong)), std::vector<std::string>{}) << method;
+    EXPECT_NE(unequal_replicas(wrong.mesh, wrong.store), std::vector<std::string>{}) << method;
   }
 }
 
@@ -170,8 +163,7 @@ TEST(Mutants, WeightsSlicedBeforeTheyAreQuantised) {
   const at::Tensor w_OI = random_tensor("w", shape, at::kFloat, 0.02);
   StoredWeight stored{"w", [&](const Shard& shard) { return take_shard(w_OI, shard).contiguous(); },
                       [] { return std::nullopt; }};
-  Ledger ledger;
-  const Mesh mesh(ranks_of(&test_world(), ledger), ranks());
+  const Mesh& mesh = shared_mesh(&test_world(), ranks()).mesh;
   const auto options = [&](const std::string& name, bool double_quant) {
     return FormatOptions{name, double_quant, at::kFloat, mesh.device()};
   };
