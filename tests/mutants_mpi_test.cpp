@@ -1,3 +1,4 @@
+#include "configs/error.h"
 #include "tests/conformance.h"
 #include "trainer/ops/mora.h"
 
@@ -262,6 +263,43 @@ TEST(Mutants, AGradientOffByAMillionth) {
   EXPECT_LT(deviation(slope), kGradient);
   EXPECT_GT(deviation(slope * (1 + 1e-6)), kGradient);
   EXPECT_GT(deviation(slope * 0), 1) << "no gradient at all";
+}
+
+using Collectives = std::function<void(Communicator&)>;
+
+/// Calls collectives of its own beside those of the method, on the ranks that are told to.
+class Beside : public Altered {
+ public:
+  using Altered::Altered;
+  void add_gradients(int64_t step, const Mesh& mesh) override {
+    if (own) own(mesh.tp());
+    Altered::add_gradients(step, mesh);
+  }
+  Collectives own;
+};
+
+/// Why a step of a method with collectives of its own came to nothing; "" if it did not.
+std::string refusal_beside(const Collectives& own) {
+  TinyRun run(&test_world(), ranks(), plain("lora"));
+  alter<Beside>(run).own = own;
+  try {
+    run.train(1);
+  } catch (const DisagreeError& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Mutants, CollectivesThatNotAllRanksCall) {
+  const bool first = test_world().rank() == 0;
+  const auto sum_for = [](Purpose purpose) {
+    return Collectives([purpose](Communicator& tp) { tp.all_reduce(at::ones({3}), ReduceOp::sum, purpose); });
+  };
+  EXPECT_EQ(refusal_beside(sum_for(Purpose::adapter_statistics)), "");
+  const std::string alone = refusal_beside(first ? sum_for(Purpose::adapter_statistics) : nullptr);
+  EXPECT_NE(alone.find("differ in type, number of elements, purpose."), std::string::npos) << alone;
+  const std::string other = refusal_beside(sum_for(first ? Purpose::adapter_statistics : Purpose::gradient_norm));
+  EXPECT_NE(other.find("differ in purpose."), std::string::npos) << other;
 }
 
 TEST(Mutants, ABaseWeightThatMoves) {

@@ -4,7 +4,6 @@
 
 #include <cstdlib>
 #include <filesystem>
-#include <map>
 #include <tuple>
 
 #ifdef CORANK_GPU_TEST
@@ -95,6 +94,28 @@ double accumulate(TrainingRun& run, const StepBatches& batches) {
     loss += part.item<double>();
   }
   return loss;
+}
+
+Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot& before) {
+  Ledger::Snapshot result;
+  for (int p = 0; p < kNumPurposes; ++p) result[p] = now[p] - before[p];
+  return result;
+}
+
+PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
+                               const StepBatches& batches, int64_t step) {
+  std::vector<BatchSize> sizes;
+  for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
+  return predict_step_bytes(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(), run.mesh.dp().size(),
+                            static_cast<int>(at::elementSize(model.dtype)), model.checkpointing, sizes, step);
+}
+
+void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, int64_t unasked, const std::string& what) {
+  predicted[Purpose::data_control] -= unasked;
+  for (int p = 0; p < kNumPurposes; ++p) {
+    const auto purpose = static_cast<Purpose>(p);
+    EXPECT_EQ(counted[p].payload_bytes, predicted[purpose]) << name(purpose) << ' ' << what;
+  }
 }
 
 std::vector<std::string> unequal_replicas(const Mesh& mesh, const ParameterStore& store) {

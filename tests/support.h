@@ -1,6 +1,7 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "trainer/optimizer.h"
 #include "trainer/schedule.h"
 #include "trainer/step.h"
+#include "trainer/traffic.h"
 
 /// What the tests of trainer/ share.
 namespace corank::test {
@@ -57,6 +59,17 @@ struct TrainingRun {
 
 /// Adds the gradients of a global batch to the store, without a step; returns its loss.
 double accumulate(TrainingRun& run, const StepBatches& batches);
+
+Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot& before);
+
+using PredictedBytes = std::map<Purpose, int64_t>;
+
+/// Bytes of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`, the trainer's question whether
+/// to stop included.
+PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
+                               const StepBatches& batches, int64_t step);
+/// `unasked`: bytes of a question that was not counted.
+void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, int64_t unasked, const std::string& what);
 
 /// Collective over the world. Parameters that are not the same bits on all ranks that hold them.
 std::vector<std::string> unequal_replicas(const Mesh& mesh, const ParameterStore& store);

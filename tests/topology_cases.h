@@ -6,7 +6,6 @@
 #include "tests/mpi_main.h"
 #include "tests/support.h"
 #include "trainer/checkpoint.h"
-#include "trainer/traffic.h"
 #include "trainer/trainer.h"
 
 // Suites over settings of a run, for every layout: the same losses, the same bits where tensors are replicated, the
@@ -125,36 +124,14 @@ std::vector<StepRecord> alone(const Setting& setting, const TokenFile& data) {
 /// Bytes of the trainer's question whether to stop, which is asked after the step that is reported.
 int64_t stop_question() { return test_world().size() > 1 ? 8 : 0; }
 
-using PredictedBytes = std::map<Purpose, int64_t>;
-
 /// The bytes of every step of this rank, the question of the trainer included.
 std::vector<PredictedBytes> predicted_bytes(const Setting& setting, const TrainingRun& run, const TokenFile& data) {
-  const Mesh& mesh = run.mesh;
-  const TrafficShape shape = traffic_shape(*run.model, adapter(setting));
-  Loader batches(data, loader(setting, mesh));
+  Loader batches(data, loader(setting, run.mesh));
   std::vector<PredictedBytes> steps;
   for (int64_t step = 1; step <= kSteps; ++step) {
-    std::vector<BatchSize> sizes;
-    for (const Batch& batch : batches.next().micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-    steps.push_back(predict_step_bytes(shape, adapter(setting), mesh.tp().size(), mesh.dp().size(),
-                                       setting.dtype == at::kFloat ? 4 : 2, setting.checkpointing, sizes, step));
+    steps.push_back(predicted_bytes(run, tiny(setting), adapter(setting), batches.next(), step));
   }
   return steps;
-}
-
-/// `unasked`: bytes of a question that was not counted.
-void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, int64_t unasked, const std::string& what) {
-  predicted[Purpose::data_control] -= unasked;
-  for (int p = 0; p < kNumPurposes; ++p) {
-    const auto purpose = static_cast<Purpose>(p);
-    EXPECT_EQ(counted[p].payload_bytes, predicted[purpose]) << name(purpose) << ' ' << what;
-  }
-}
-
-Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot& before) {
-  Ledger::Snapshot result;
-  for (int p = 0; p < kNumPurposes; ++p) result[p] = now[p] - before[p];
-  return result;
 }
 
 void expect_same_steps(const std::vector<StepRecord>& steps, const std::vector<StepRecord>& expected, double bound) {
