@@ -9,14 +9,14 @@
 #include <optional>
 #include <sstream>
 
+#include "comm/agree.h"
 #include "comm/backends.h"
 #include "data/file.h"
 #include "data/tokenizer_identity.h"
 #include "launch/session.h"
-#include "trainer/adapter/adapter_file.h"
-#include "trainer/adapter/methods.h"
-#include "trainer/adapter/start.h"
-#include "trainer/agree.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/methods/methods.h"
+#include "trainer/methods/start.h"
 
 namespace corank {
 namespace {
@@ -67,7 +67,7 @@ int64_t check_tokens(const RunConfig& run, const std::string& path, int64_t voca
 
 /// The run's adapter on the outline of its model; that of adapter.path with its tensors' names and shapes.
 AdapterConfig check_adapter_fits(const RunConfig& run, Model& model) {
-  std::optional<AdapterFile> file;
+  std::optional<SavedAdapter> file;
   AdapterConfig adapter = run.adapter;
   if (!adapter.path.empty()) {
     file = read_run_adapter(run, model);

@@ -105,6 +105,7 @@ def main():
     count, by_method = Count(), MethodCounts()
     for part, work in (
         ("format", format_check),
+        ("rooms", lambda: python_tests("tests/rooms_test.py")),
         ("C++", lambda: ctest(by_method)),
         ("commands", lambda: python_tests("tests/cli_test.py")),
         ("runs", lambda: python_tests("tests/cli_runs_test.py")),

@@ -9,10 +9,10 @@
 
 #include "tests/mpi_main.h"
 #include "tests/support.h"
-#include "trainer/adapter/lora_factors.h"
-#include "trainer/checkpoint.h"
+#include "trainer/methods/lora_factors.h"
 #include "trainer/ops/gram.h"
 #include "trainer/ops/random.h"
+#include "trainer/run/checkpoint.h"
 
 // What every method has to do over every format, split in either style, in every layout. Each rule is a function that
 // says how far a run is from it: conformance_mpi_test holds the tables against it, mutants_mpi_test planted errors.
@@ -173,7 +173,7 @@ class Pass {
 
   /// This rank's rows of a column-parallel linear's output, its part of the sum of a row-parallel one's.
   at::Tensor operator()(const AdaptedLinear& linear, const at::Tensor& local_x) const {
-    return ops::linear(local_x, {linear.projection(context_)})[0];
+    return project(local_x, {linear.projection(context_)})[0];
   }
 
  private:
@@ -191,7 +191,7 @@ class Pass {
 // ---- forward is the product with the merged weight -----------------------------------------------------------------
 
 /// Full tensors of `module`, adapter's or base's, by the end of their names.
-inline ModuleTensors tensors_of(const AdapterFile& file, const std::string& module) {
+inline ModuleTensors tensors_of(const SavedAdapter& file, const std::string& module) {
   ModuleTensors tensors;
   for (const auto& [name, tensor] : file.tensors) {
     const size_t found = name.find(module + ".");
@@ -221,7 +221,7 @@ struct MergedDeviation {
 /// Collective over tp.
 inline MergedDeviation merged_deviation(const Parts& p, Split split) {
   const at::AutoGradMode no_grad(false);
-  const AdapterFile file = collect_adapter(p.store, p.method, {"", p.method.config(), ""}, p.mesh.tp());
+  const SavedAdapter file = collect_adapter(p.store, p.method, {"", p.method.config(), ""}, p.mesh.tp());
   const Pass pass(p, /*training=*/false);
   MergedDeviation worst;
   for (const AdaptedLinear* linear : linears_of(p, split)) {
@@ -243,7 +243,7 @@ inline MergedDeviation merged_deviation(const Parts& p, Split split) {
 
 /// Collective over tp. DoRA's magnitudes against the row norms of W + s B A, for adapters that start where they are.
 inline double norm_deviation(const Parts& p, Split split) {
-  const AdapterFile file = collect_adapter(p.store, p.method, {"", p.method.config(), ""}, p.mesh.tp());
+  const SavedAdapter file = collect_adapter(p.store, p.method, {"", p.method.config(), ""}, p.mesh.tp());
   double worst = 0;
   for (const AdaptedLinear* linear : linears_of(p, split)) {
     const ModuleTensors tensors = tensors_of(file, linear->name());
@@ -411,7 +411,7 @@ inline double tiny_rate(const Parts& p) { return p.method.trains_base() ? 1e-3 :
 /// A run on the shipped tokens.
 struct TinyRun : TrainingRun {
   TinyRun(const World* world, int tensor, const Combination& c) : TinyRun(world, tensor, c, c.config(), nullptr) {}
-  TinyRun(const World* world, int tensor, const Combination& c, const AdapterConfig& config, const AdapterFile* file)
+  TinyRun(const World* world, int tensor, const Combination& c, const AdapterConfig& config, const SavedAdapter* file)
       : TrainingRun(world, tensor, tiny_model(c.format, at::kFloat), config, {}, 42, file),
         data(repository("configs/tiny/train.h5")),
         batches(data, tiny_batches(mesh)) {}

@@ -1,4 +1,6 @@
 #include "tests/conformance.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/methods/merge_config.h"
 
 // The tables of methods and formats against the rules of conformance.h. A new line of methods.cpp or formats.cpp is
 // tested without a change here; variants() names what keys make of a method.
@@ -104,8 +106,8 @@ bool folder_is_exact(const Combination& c) {
 }
 
 /// Collective over the world. The folder that PEFT gets of `run`, read back.
-AdapterFile written_and_read(const TinyRun& run, const Combination& c, const std::string& folder) {
-  const AdapterFile collected = collect_adapter(run.store, *run.method, {"", c.config(), ""}, run.mesh.tp());
+SavedAdapter written_and_read(const TinyRun& run, const Combination& c, const std::string& folder) {
+  const SavedAdapter collected = collect_adapter(run.store, *run.method, {"", c.config(), ""}, run.mesh.tp());
   if (test_world().rank() == 0) write_peft_folder(folder, collected);
   MPI_Barrier(test_world().comm());
   return read_adapter(folder);
@@ -124,7 +126,7 @@ TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
 
   std::unique_ptr<TinyRun> started;
   if (folder_is_exact(c)) {
-    const AdapterFile file = written_and_read(saved, c, folder.path() + "/adapter");
+    const SavedAdapter file = written_and_read(saved, c, folder.path() + "/adapter");
     std::vector<std::string> linears;
     for (const AdaptedLinear* linear : saved.model->linears()) linears.push_back(linear->name());
     const AdapterConfig config = merge_with_file(c.config(), {}, file.config, linears);

@@ -1,5 +1,6 @@
 #include "tests/golden_case.h"
 #include "tests/mpi_main.h"
+#include "trainer/files/adapter_file.h"
 
 // Every model family in every layout: the losses of one rank and of transformers, and the bytes that were predicted.
 namespace corank::test {
@@ -64,7 +65,7 @@ class Families : public testing::TestWithParam<Setting> {
   }
 
   Golden golden_;
-  AdapterFile file_;
+  SavedAdapter file_;
   AdapterConfig adapter_;
   ModelOptions options_;
 };

@@ -1,10 +1,11 @@
 #include "data/file.h"
 #include "tests/topology_cases.h"
-#include "trainer/adapter/adapter_set.h"
-#include "trainer/adapter/lora_factors.h"
-#include "trainer/adapter/merged.h"
-#include "trainer/generation.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/methods/adapter_set.h"
+#include "trainer/methods/lora_factors.h"
+#include "trainer/methods/merged.h"
 #include "trainer/ops/mora.h"
+#include "trainer/run/generation.h"
 
 // Every other method of the table, and every format of the base, in every layout.
 namespace corank::test {
@@ -112,11 +113,11 @@ INSTANTIATE_TEST_SUITE_P(Methods, Resume, testing::ValuesIn(kResumed), case_name
 class Switching : public testing::TestWithParam<Setting> {
  protected:
   /// As a run of three steps leaves it, on the model's own weights.
-  AdapterFile trained(const Setting& setting, const AdapterConfig& config) {
+  SavedAdapter trained(const Setting& setting, const AdapterConfig& config) {
     TrainingRun run(nullptr, 1, tiny(setting), config);
     Loader batches(data_, loader(setting, run.mesh));
     for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, 1e-2);
-    AdapterFile file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
+    SavedAdapter file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
     run.method->from_checkpoint(file);
     return file;
   }
@@ -128,7 +129,7 @@ class Switching : public testing::TestWithParam<Setting> {
   }
 
   /// `alone`: of models that have one of the adapters each.
-  void expect_switches(int tensor, const std::map<std::string, AdapterFile>& files, bool merged, Logits alone) {
+  void expect_switches(int tensor, const std::map<std::string, SavedAdapter>& files, bool merged, Logits alone) {
     SCOPED_TRACE(merged ? "merged" : "added");
     const Mesh& mesh = shared_mesh(&test_world(), tensor).mesh;
     ModelOptions options = tiny(GetParam());
@@ -151,7 +152,7 @@ class Switching : public testing::TestWithParam<Setting> {
 };
 
 TEST_P(Switching, GivesTheBitsOfAModelThatHadNoOther) {
-  std::map<std::string, AdapterFile> files;
+  std::map<std::string, SavedAdapter> files;
   for (const std::string method : {"lora", "dora", "adalora", "mora", "pissa"}) {
     Setting setting = GetParam();
     setting.method = method;
@@ -188,12 +189,14 @@ class Remora : public testing::Test {
     for (int64_t step = 1; step < kSpan; ++step) run_.step(batches.next(), step, rate(setting_));
   }
 
-  void restart() { run_.method->on_step_end(kSpan, *run_.optimizer, run_.mesh); }
+  void restart() {
+    if (run_.method->on_step_end(kSpan, run_.mesh)) run_.optimizer->restart();
+  }
   /// Logits of some tokens.
   static at::Tensor logits(const TrainingRun& run) {
     return all_logits(*run.model, {5, 80, 17, 200, 3, 99, 64}, run.mesh.tp());
   }
-  AdapterFile file() const {
+  SavedAdapter file() const {
     return collect_adapter(run_.store, *run_.method, {"", adapter(setting_), ""}, run_.mesh.tp());
   }
 
@@ -237,7 +240,7 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
   const std::string path = "/adapter.h5";
   TemporaryFolder folder;
   write_file_atomically(folder.path() + path, adapter_h5_image(file()));
-  const AdapterFile read = read_adapter(folder.path());
+  const SavedAdapter read = read_adapter(folder.path());
   check_adapter(read, folder.path());
   EXPECT_EQ(read.config.remora.types, (std::vector<int64_t>{1, 2}));
   EXPECT_EQ(read.config.remora.merges, 1);
@@ -249,7 +252,7 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
   } catch (const ConfigError& e) {
     EXPECT_NE(std::string(e.what()).find("corank merge"), std::string::npos) << e.what();
   }
-  AdapterFile incomplete = read;
+  SavedAdapter incomplete = read;
   std::erase_if(incomplete.tensors, [&](const auto& entry) {
     return entry.first == peft_name(run_.model->linears()[0]->name(), ".remora_0");
   });

@@ -1,6 +1,6 @@
 #include "configs/error.h"
 #include "tests/conformance.h"
-#include "trainer/ops/mora.h"
+#include "trainer/methods/mora_update.h"
 
 // Tests of the tests: errors that are planted from outside into the parts of a run. The rule of conformance.h that is
 // there to find one must hold without it and break with it.
@@ -24,9 +24,7 @@ class Altered : public AdapterMethod {
   void attach(Model& model, ParameterStore& store, uint64_t seed) override { method_->attach(model, store, seed); }
   void begin(const Mesh& mesh) override { method_->begin(mesh); }
   void add_gradients(int64_t step, const Mesh& mesh) override { method_->add_gradients(step, mesh); }
-  void on_step_end(int64_t step, Optimizer& optimizer, const Mesh& mesh) override {
-    method_->on_step_end(step, optimizer, mesh);
-  }
+  bool on_step_end(int64_t step, const Mesh& mesh) override { return method_->on_step_end(step, mesh); }
   std::vector<std::pair<std::string, at::Tensor>> state() override { return method_->state(); }
   GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
     return method_->gradient_sizes(linear, tensor);
@@ -43,9 +41,7 @@ class Altered : public AdapterMethod {
 class OwnStatistics : public Altered {
  public:
   using Altered::Altered;
-  void on_step_end(int64_t step, Optimizer& optimizer, const Mesh&) override {
-    Altered::on_step_end(step, optimizer, unsplit());
-  }
+  bool on_step_end(int64_t step, const Mesh&) override { return Altered::on_step_end(step, unsplit()); }
 };
 
 /// What does not come from the loss is added when early() is called.
@@ -186,22 +182,20 @@ TEST(Mutants, WeightsSlicedBeforeTheyAreQuantised) {
 }
 
 /// MoRA on an input that is filled up with zeros to whole groups, where its first columns should stand again.
-class ZeroPadded : public ops::Update {
+class ZeroPadded : public Update {
  public:
   ZeroPadded(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping)
       : padding_(-site.in % m_RR.value.size(0) + m_RR.value.size(0)),
         zeros_(at::zeros({site.out, site.in + padding_}, m_RR.value.options())),
         mora_(padded_mora(site, m_RR, grouping, site.in + padding_)) {}
   std::vector<at::Tensor> leaves() const override { return mora_.leaves(); }
-  at::Tensor forward(const at::Tensor& x_NI, const ops::Matrix& w, const at::Tensor& bias_O,
+  at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override {
     const at::Tensor update = mora_.forward(at::constant_pad_nd(x_NI, {0, padding_}), zeros_, {}, saved);
-    return update + ops::affine(x_NI, w.dense_OI(), bias_O);
+    return update + w.multiply(x_NI, bias_O);
   }
-  std::vector<at::Tensor> backward(const at::Tensor&, const at::Tensor&, const ops::Matrix&,
-                                   const std::vector<at::Tensor>&, bool, at::Tensor&) const override {
-    return {};
-  }
+  void backward(const at::Tensor&, const at::Tensor&, const Matrix&, const std::vector<at::Tensor>&,
+                const InputGradient&) const override {}
 
  private:
   static ops::Mora padded_mora(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping, int64_t in) {
@@ -214,25 +208,19 @@ class ZeroPadded : public ops::Update {
     return mora;
   }
 
-  struct Zeros : ops::Matrix {
-    explicit Zeros(at::Tensor all) : all_OI(std::move(all)) {}
-    at::Tensor dense_OI() const override { return all_OI; }
-    at::Tensor all_OI;
-  };
-
   int64_t padding_;
-  Zeros zeros_;
-  ops::MoraUpdate mora_;
+  DenseMatrix zeros_;
+  MoraUpdate mora_;
 };
 
 class FixedAdapter : public Adapter {
  public:
-  explicit FixedAdapter(std::shared_ptr<const ops::Update> update) : update_(std::move(update)) {}
-  std::shared_ptr<const ops::Update> update(const ops::Dropout&) const override { return update_; }
+  explicit FixedAdapter(std::shared_ptr<const Update> update) : update_(std::move(update)) {}
+  std::shared_ptr<const Update> update(const ops::Dropout&) const override { return update_; }
   double dropout() const override { return 0; }
 
  private:
-  std::shared_ptr<const ops::Update> update_;
+  std::shared_ptr<const Update> update_;
 };
 
 TEST(Mutants, MoraPaddingThatDoesNotWrapAround) {

@@ -6,9 +6,10 @@
 #include "data/file.h"
 #include "data/safetensors.h"
 #include "tests/support.h"
-#include "trainer/checkpoint.h"
-#include "trainer/generation.h"
-#include "trainer/merge.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/files/merge.h"
+#include "trainer/run/checkpoint.h"
+#include "trainer/run/generation.h"
 
 int main(int argc, char** argv) {
   using namespace corank;

@@ -8,7 +8,7 @@
 #include "data/safetensors.h"
 #include "data/weight_file.h"
 #include "tests/support.h"
-#include "trainer/quant/frozen_weight.h"
+#include "trainer/weights/frozen_weight.h"
 
 // Against plain arithmetic, one weight at a time, from the formulas of methods 6. Equal means equal bits.
 namespace corank::test {

@@ -1,4 +1,4 @@
-#include "trainer/step.h"
+#include "trainer/run/step.h"
 
 #include "configs/error.h"
 #include "tests/support.h"

@@ -65,7 +65,7 @@ double relative_error(const at::Tensor& a, const at::Tensor& b) {
 }
 
 TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
-                         OptimizerOptions optimizer_options, uint64_t run_seed, const AdapterFile* file)
+                         OptimizerOptions optimizer_options, uint64_t run_seed, const SavedAdapter* file)
     : ledger(shared_mesh(world, tensor).ledger), mesh(shared_mesh(world, tensor).mesh), seed(run_seed) {
   options.device = mesh.device();
   model = load_model(options, mesh.tp());
@@ -88,7 +88,7 @@ double accumulate(TrainingRun& run, const StepBatches& batches) {
     SegmentAttention attention(batch);
     const at::Tensor h_ND = run.model->forward({batch, attention, run.mesh.tp(), true, run.seed, 1});
     const at::Tensor part =
-        ops::cross_entropy(h_ND, batch.target_rows_M, batch.targets_M, run.model->head(), run.mesh.tp()) /
+        cross_entropy(h_ND, batch.target_rows_M, batch.targets_M, run.model->head(), run.mesh.tp()) /
         static_cast<double>(batches.num_targets);
     torch::autograd::backward({part}, {});
     loss += part.item<double>();

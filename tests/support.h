@@ -10,12 +10,12 @@
 #include "comm/mesh.h"
 #include "comm/world.h"
 #include "data/loader.h"
-#include "trainer/adapter/start.h"
-#include "trainer/model/families.h"
-#include "trainer/optimizer.h"
-#include "trainer/schedule.h"
-#include "trainer/step.h"
-#include "trainer/traffic.h"
+#include "trainer/methods/start.h"
+#include "trainer/models/families.h"
+#include "trainer/run/optimizer.h"
+#include "trainer/run/schedule.h"
+#include "trainer/run/step.h"
+#include "trainer/run/traffic.h"
 
 /// What the tests of trainer/ share.
 namespace corank::test {
@@ -42,7 +42,7 @@ void set_cross_check(const Mesh& mesh, bool on);
 /// Everything between a model and a step, over the ranks of `world` (null: this process alone).
 struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
-              OptimizerOptions optimizer = {}, uint64_t seed = 42, const AdapterFile* file = nullptr);
+              OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
 
   StepParts parts() { return {mesh, *model, *method, store, *optimizer, *reducer}; }
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);

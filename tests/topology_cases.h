@@ -5,8 +5,8 @@
 
 #include "tests/mpi_main.h"
 #include "tests/support.h"
-#include "trainer/checkpoint.h"
-#include "trainer/trainer.h"
+#include "trainer/run/checkpoint.h"
+#include "trainer/run/trainer.h"
 
 // Suites over settings of a run, for every layout: the same losses, the same bits where tensors are replicated, the
 // same bytes as predicted.

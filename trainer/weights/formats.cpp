@@ -1,0 +1,50 @@
+#include "trainer/weights/formats.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <limits>
+
+#include "configs/error.h"
+
+namespace corank {
+namespace {
+
+struct Format {
+  const char* name;
+  std::unique_ptr<FrozenWeight> (*make)(const FormatOptions&, const StoredWeight&, const Shard&);
+};
+
+constexpr Format kFormats[] = {
+    {"none", make_dense_weight},
+    {"nf4", make_nf4_weight},
+    {"int8", make_int8_weight},
+};
+
+}  // namespace
+
+std::vector<std::string> format_names() {
+  std::vector<std::string> names;
+  for (const Format& format : kFormats) names.emplace_back(format.name);
+  return names;
+}
+
+std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const StoredWeight& stored,
+                                                 const Shard& shard) {
+  for (const Format& format : kFormats) {
+    if (options.name == format.name) return format.make(options, stored, shard);
+  }
+  throw ConfigError(
+      fmt::format("model.quantization: '{}' is not one of {}", options.name, fmt::join(format_names(), ", ")));
+}
+
+at::Tensor read_finite(const StoredWeight& stored, const Shard& shard) {
+  const at::Tensor w = stored.read(shard);
+  if (w.is_meta()) return w;
+  const double largest = at::linalg_vector_norm(w, std::numeric_limits<double>::infinity()).item<double>();
+  if (std::isfinite(largest)) return w;
+  throw InputError(
+      fmt::format("tensor {} holds NaN or infinity and cannot be quantised; fetch the model again.", stored.name));
+}
+
+}  // namespace corank

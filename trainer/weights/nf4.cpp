@@ -1,0 +1,49 @@
+#include <fmt/format.h>
+
+#include "configs/error.h"
+#include "trainer/weights/formats.h"
+
+namespace corank {
+namespace {
+
+/// QLoRA's 4 bits a weight and an absmax for each 64, in 8 bits again with double_quant (methods 6.1 to 6.9).
+class Nf4Weight : public FrozenWeight {
+ public:
+  Nf4Weight(ops::Nf4 weight, const FormatOptions& options, bool whole)
+      : weight_(weight.to(options.device)), options_(options), whole_(whole) {}
+
+  at::Tensor dense_OI() const override { return ops::nf4_dequantise(weight_, options_.dtype); }
+  void replace(const at::Tensor& w_OI) override {
+    if (!whole_) throw InternalError("nf4: a part of a weight was to be quantised without the rest of it");
+    weight_ = ops::nf4_quantise(w_OI.cpu(), options_.double_quant).to(options_.device);
+  }
+  int64_t bytes() const override { return weight_.bytes(); }
+
+ private:
+  ops::Nf4 weight_;
+  FormatOptions options_;
+  bool whole_;
+};
+
+/// As the files hold it, or quantised here.
+ops::Nf4 full_weight(const FormatOptions& options, const StoredWeight& stored) {
+  std::optional<ops::Nf4> found = stored.read_nf4();
+  if (!found) return ops::nf4_quantise(read_finite(stored, {}), options.double_quant);
+  if (found->double_quantised() != options.double_quant) {
+    throw ConfigError(fmt::format(
+        "model.double_quant: {}, but {} is stored {} double quantisation. Write model.double_quant: {}.",
+        options.double_quant, stored.name, options.double_quant ? "without" : "with", !options.double_quant));
+  }
+  return *std::move(found);
+}
+
+}  // namespace
+
+std::unique_ptr<FrozenWeight> make_nf4_weight(const FormatOptions& options, const StoredWeight& stored,
+                                              const Shard& shard) {
+  ops::Nf4 weight = full_weight(options, stored);
+  if (!shard.whole()) weight = ops::nf4_narrow(weight, shard.dim, shard.start, shard.block);
+  return std::make_unique<Nf4Weight>(std::move(weight), options, shard.whole());
+}
+
+}  // namespace corank
