@@ -18,6 +18,7 @@
 #include "trainer/methods/merged.h"
 #include "trainer/methods/start.h"
 #include "trainer/models/quantization_config.h"
+#include "trainer/weights/bitsandbytes.h"
 
 namespace corank {
 namespace {

@@ -10,32 +10,36 @@
 namespace corank {
 namespace {
 
-struct Format {
-  const char* name;
-  std::unique_ptr<FrozenWeight> (*make)(const FormatOptions&, const StoredWeight&, const Shard&);
-};
-
-constexpr Format kFormats[] = {
-    {"none", make_dense_weight},
-    {"nf4", make_nf4_weight},
-    {"int8", make_int8_weight},
-};
+std::vector<Format>& formats() {
+  static std::vector<Format> table{
+      {"none", make_dense_weight},
+      {"nf4", make_nf4_weight},
+      {"int8", make_int8_weight},
+  };
+  return table;
+}
 
 }  // namespace
 
 std::vector<std::string> format_names() {
   std::vector<std::string> names;
-  for (const Format& format : kFormats) names.emplace_back(format.name);
+  for (const Format& format : formats()) names.emplace_back(format.name);
   return names;
 }
 
 std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const StoredWeight& stored,
                                                  const Shard& shard) {
-  for (const Format& format : kFormats) {
+  for (const Format& format : formats()) {
     if (options.name == format.name) return format.make(options, stored, shard);
   }
   throw ConfigError(
       fmt::format("model.quantization: '{}' is not one of {}", options.name, fmt::join(format_names(), ", ")));
+}
+
+ScopedFormat::ScopedFormat(const Format& format) : name_(format.name) { formats().push_back(format); }
+
+ScopedFormat::~ScopedFormat() {
+  std::erase_if(formats(), [&](const Format& format) { return format.name == name_; });
 }
 
 at::Tensor read_finite(const StoredWeight& stored, const Shard& shard) {
