@@ -10,6 +10,9 @@
 #include "tests/mpi_main.h"
 #include "tests/support.h"
 #include "trainer/methods/lora_factors.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/pissa.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/ops/gram.h"
 #include "trainer/ops/random.h"
 #include "trainer/run/checkpoint.h"
@@ -44,7 +47,7 @@ inline AdapterConfig small(const std::string& method) {
   AdapterConfig config;
   config.method = method;
   config.r = 5;
-  config.adalora = {
+  config.options.edit<AdaLoraConfig>() = {
       .init_r = 5, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
   return config;
 }
@@ -67,9 +70,9 @@ inline std::vector<Variant> variants() {
     c.modules_to_save = {"embed_tokens", "norm", "lm_head"};
   });
   add("dora_dropout", "dora", [](AdapterConfig& c) { c.lora_dropout = 0.2; });
-  add("pissa_niter", "pissa", [](AdapterConfig& c) { c.pissa_niter = 4; });
+  add("pissa_niter", "pissa", [](AdapterConfig& c) { c.options.edit<PissaConfig>().niter = 4; });
   for (const int64_t type : {2, 3, 4, 6}) {
-    add("mora_" + std::to_string(type), "mora", [&](AdapterConfig& c) { c.mora_type = type; });
+    add("mora_" + std::to_string(type), "mora", [&](AdapterConfig& c) { c.options.edit<MoraConfig>().type = type; });
   }
   return all;
 }
@@ -374,7 +377,7 @@ inline double regulariser(const Parts& p) {
     sum += at::linalg_vector_norm(gram - at::eye(gram.size(0), gram.options())).item<double>();
     ++matrices;
   }
-  return p.method.config().adalora.orth_reg_weight * sum / static_cast<double>(matrices);
+  return p.method.config().options.get<AdaLoraConfig>().orth_reg_weight * sum / static_cast<double>(matrices);
 }
 
 /// Collective over the mesh; float64. The gradient that `accumulate` leaves against the regulariser's differences.

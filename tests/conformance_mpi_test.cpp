@@ -100,9 +100,10 @@ Checkpoints checkpoints_of(TinyRun& run, const std::string& folder) {
   return {folder, {"same run", run.method->config(), "tiny"}, {1}, run.mesh, run.store, *run.optimizer, *run.method};
 }
 
-/// Full fine-tuning leaves no folder of an adapter. PiSSA's is one on W, which is quantised otherwise than W - s B A.
+/// Full fine-tuning leaves no folder of an adapter; that of PiSSA is one on W, which is quantised otherwise than
+/// W - s B A.
 bool folder_is_exact(const Combination& c) {
-  return !c.trains_base() && (c.variant.config.method != "pissa" || c.format == "none");
+  return !c.trains_base() && (c.format == "none" || make_method(c.config())->beyond_quantised().empty());
 }
 
 /// Collective over the world. The folder that PEFT gets of `run`, read back.
@@ -127,9 +128,7 @@ TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
   std::unique_ptr<TinyRun> started;
   if (folder_is_exact(c)) {
     const SavedAdapter file = written_and_read(saved, c, folder.path() + "/adapter");
-    std::vector<std::string> linears;
-    for (const AdaptedLinear* linear : saved.model->linears()) linears.push_back(linear->name());
-    const AdapterConfig config = merge_with_file(c.config(), {}, file.config, linears);
+    const AdapterConfig config = merge_with_file(c.config(), {}, file.config, module_names(*saved.model));
     started = std::make_unique<TinyRun>(&test_world(), other, c, config, &file);
     started->batches.restore(saved.batches.state());
   }

@@ -1,6 +1,7 @@
 #include "data/file.h"
 #include "tests/topology_cases.h"
 #include "trainer/files/adapter_file.h"
+#include "trainer/files/check_adapter.h"
 #include "trainer/methods/adapter_set.h"
 #include "trainer/methods/lora_factors.h"
 #include "trainer/methods/merged.h"
@@ -242,8 +243,8 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
   write_file_atomically(folder.path() + path, adapter_h5_image(file()));
   const SavedAdapter read = read_adapter(folder.path());
   check_adapter(read, folder.path());
-  EXPECT_EQ(read.config.remora.types, (std::vector<int64_t>{1, 2}));
-  EXPECT_EQ(read.config.remora.merges, 1);
+  EXPECT_EQ(read.config.options.get<MoraConfig>().types, (std::vector<int64_t>{1, 2}));
+  EXPECT_EQ(read.config.options.get<MoraConfig>().merges, 1);
   const TrainingRun later(&test_world(), 1, tiny(setting_), read.config, {}, 42, &read);
   EXPECT_LT(relative_error(logits(later), logits(run_)), 1e-5);
   try {
@@ -261,7 +262,7 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
 
 TEST_F(Remora, TheRateWarmsUpAndBiasCorrectionBeginsAnewAfterEachRestart) {
   AdapterConfig config = adapter(setting_);
-  config.remora = {.steps = 100, .types = {1, 2}, .warmup_steps = 10, .merges = 0};
+  config.options.edit<MoraConfig>() = {.steps = 100, .types = {1, 2}, .warmup_steps = 10, .merges = 0};
   const auto method = make_method(config);
   const std::vector<std::tuple<int64_t, double, int64_t>> wanted{
       {1, 1, 1}, {5, 1, 5}, {100, 1, 100}, {101, 0, 1}, {106, 0.5, 6}, {111, 1, 11}, {200, 1, 100}, {201, 0, 1}};

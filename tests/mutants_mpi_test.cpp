@@ -226,7 +226,7 @@ class FixedAdapter : public Adapter {
 TEST(Mutants, MoraPaddingThatDoesNotWrapAround) {
   for (const auto& [type, grouping] : {std::pair{1, ops::Grouping::modulo}, std::pair{6, ops::Grouping::rotate}}) {
     Combination mora = plain("mora");
-    mora.variant.config.mora_type = type;
+    mora.variant.config.options.edit<MoraConfig>().type = type;
     Layers layers(nullptr, 1, mora, at::kFloat);
     const Parts p = parts_of(layers);
     randomise(p);

@@ -8,6 +8,7 @@
 #include "data/safetensors.h"
 #include "data/weight_file.h"
 #include "tests/support.h"
+#include "trainer/methods/pissa.h"
 #include "trainer/weights/frozen_weight.h"
 
 // Against plain arithmetic, one weight at a time, from the formulas of methods 6. Equal means equal bits.
@@ -532,7 +533,7 @@ TEST(QPissa, RoundsAreThoseOfThePlainFormAndLowerTheError) {
   WeightFile file(golden("llama/model"));
   std::map<std::string, double> before;
   for (const int64_t rounds : {1, 2, 3, 5}) {
-    config.pissa_iterations = rounds;
+    config.options.edit<PissaConfig>().iterations = rounds;
     TrainingRun run(nullptr, 1, quantised_model(golden("llama/model")), config);
     for (const AdaptedLinear* linear : run.model->linears()) {
       const at::Tensor w = file.read(linear->name() + ".weight");

@@ -4,6 +4,8 @@
 
 #include "configs/error.h"
 #include "tests/support.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/rank_budget.h"
 
 namespace corank::test {
 namespace {
@@ -55,9 +57,13 @@ TEST(Step, ThatIsNotFiniteMovesNothingOfAnyMethod) {
   for (const std::string& method : method_names()) {
     AdapterConfig adapter;
     adapter.method = method;
-    adapter.adalora = {
-        .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 1, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
-    if (method == "mora") adapter.remora = {.steps = 3, .types = {1, 2}, .warmup_steps = 1, .merges = 0};
+    if (method == "adalora") {
+      adapter.options.edit<AdaLoraConfig>() = {
+          .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 1, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
+    }
+    if (method == "mora") {
+      adapter.options.edit<MoraConfig>() = {.steps = 3, .types = {1, 2}, .warmup_steps = 1};
+    }
     TrainingRun run(nullptr, 1, tiny(), adapter, {{}, 0.1});
     for (const int64_t step : {1, 2}) run.step(step_of(batch_with(3)), step, 1e-2);
     const std::vector<at::Tensor> before = state_of(run);

@@ -5,6 +5,8 @@
 
 #include "tests/mpi_main.h"
 #include "tests/support.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/run/checkpoint.h"
 #include "trainer/run/trainer.h"
 
@@ -46,13 +48,15 @@ AdapterConfig adapter(const Setting& setting) {
   AdapterConfig config;
   config.method = setting.method;
   config.lora_dropout = setting.dropout;
-  config.mora_type = setting.mora_type;
+  MoraConfig& mora = config.options.edit<MoraConfig>();
+  mora.type = setting.mora_type;
   if (setting.remora_steps > 0) {
-    config.remora = {
-        .steps = setting.remora_steps, .types = {1, 2}, .warmup_steps = setting.remora_steps / 2, .merges = 0};
+    mora.steps = setting.remora_steps;
+    mora.types = {1, 2};
+    mora.warmup_steps = setting.remora_steps / 2;
   }
   config.modules_to_save = setting.modules_to_save;
-  config.adalora = {
+  config.options.edit<AdaLoraConfig>() = {
       .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
   return config;
 }

@@ -115,7 +115,7 @@ int run_train(const CommandLine& line, const World& world) {
   RunConfig run = read_run(line.run_file, line.overrides);
   check_together(check_training, run, world);
   const TokenFile data(run.data.train);
-  run.adapter.adalora.total_step = total_steps(run, data);
+  set_total_steps(run.adapter, total_steps(run, data));
   Session session(run, world);
   Console console(session.leader(), line.json);
   const Outcome outcome = train(session, data, world, console, threads);

@@ -32,6 +32,13 @@ struct ModelOptions {
 std::string model_config_json(const ModelOptions& options);
 std::vector<std::string> shape_names();
 
+/// Names of modules in every family, by which an adapter's file is judged without its model.
+struct FamilyModules {
+  std::vector<std::string> embeddings, heads;  ///< the last parts
+  std::vector<std::string> others;             ///< all that take no adapter; those of a layer as of the first one
+};
+FamilyModules family_modules();
+
 /// What must divide for `tensor` ranks, and everything else of config.json that can be refused without reading weights:
 /// ConfigError (sizes that do not divide) or InputError (an unknown architecture or attribute).
 void check_model_config(const std::string& config_json, const std::string& origin, int tensor);

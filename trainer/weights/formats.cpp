@@ -11,20 +11,17 @@
 namespace corank {
 namespace {
 
-struct Format {
-  const char* name;
-  std::unique_ptr<FrozenWeight> (*make)(const FormatOptions&, const StoredWeight&, const Shard&, const WeightPlace&);
-  bool shares_rooms = false;  ///< weights may be rows of one matrix
-};
-
-constexpr Format kFormats[] = {
-    {"none", make_dense_weight, true},
-    {"nf4", make_nf4_weight},
-    {"int8", make_int8_weight},
-};
+std::vector<Format>& formats() {
+  static std::vector<Format> table{
+      {"none", make_dense_weight, /*shares_rooms=*/true},
+      {"nf4", make_nf4_weight},
+      {"int8", make_int8_weight},
+  };
+  return table;
+}
 
 const Format& format_of(const FormatOptions& options) {
-  for (const Format& format : kFormats) {
+  for (const Format& format : formats()) {
     if (options.name == format.name) return format;
   }
   throw ConfigError(
@@ -35,7 +32,7 @@ const Format& format_of(const FormatOptions& options) {
 
 std::vector<std::string> format_names() {
   std::vector<std::string> names;
-  for (const Format& format : kFormats) names.emplace_back(format.name);
+  for (const Format& format : formats()) names.emplace_back(format.name);
   return names;
 }
 
@@ -50,6 +47,12 @@ std::vector<at::Tensor> shared_rooms(const FormatOptions& options, const std::ve
   const int64_t all = std::accumulate(rows.begin(), rows.end(), int64_t{0});
   const at::Tensor room = residency.shared_room({all, in}, at::TensorOptions(options.dtype).device(options.device));
   return room.defined() ? room.split_with_sizes(rows) : std::vector<at::Tensor>(rows.size());
+}
+
+ScopedFormat::ScopedFormat(const Format& format) : name_(format.name) { formats().push_back(format); }
+
+ScopedFormat::~ScopedFormat() {
+  std::erase_if(formats(), [&](const Format& format) { return format.name == name_; });
 }
 
 at::Tensor read_finite(const StoredWeight& stored, const Shard& shard) {
