@@ -7,8 +7,7 @@ METHODS = ("lora", "rslora", "dora", "adalora", "mora", "pissa", "full")
 OTHER = "other"  # what is about none of them, or about a method that is missing above
 FORMATS = ("nf4", "int8")
 COLUMNS = ("parity", "conformance", *(f"on {name}" for name in FORMATS), "mutants", "layouts", "resume")
-PROGRAMS = {"golden_test": "parity", "parity_test": "parity", "merge_test": "parity",
-            "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}
+PROGRAMS = {"parity_test": "parity", "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}
 SUITES = {"Topology": "layouts", "Resume": "resume"}  # of topology_cases.h: LoRA where a case names no method
 
 
