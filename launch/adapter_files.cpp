@@ -6,21 +6,22 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
-#include "trainer/adapter/saved_along.h"
-#include "trainer/adapter/start.h"
-#include "trainer/checkpoint.h"
-#include "trainer/model/families.h"
+#include "trainer/files/check_adapter.h"
+#include "trainer/files/saved_along.h"
+#include "trainer/methods/start.h"
+#include "trainer/models/families.h"
+#include "trainer/run/checkpoint.h"
 
 namespace corank {
 
 namespace fs = std::filesystem;
 
-AdapterFile read_checked(const std::string& path) {
+SavedAdapter read_checked(const std::string& path) {
   std::string why;
   if (fs::exists(fs::path(path) / "manifest.json") && !verify_checkpoint(path, why)) {
     throw InputError(fmt::format("{}: not a complete checkpoint: {}.", path, why));
   }
-  AdapterFile adapter = read_adapter(path);
+  SavedAdapter adapter = read_adapter(path);
   check_adapter(adapter, path);
   return adapter;
 }
@@ -49,14 +50,14 @@ void refuse_foreign_folder(const std::string& folder) {
       "--out: {} holds other files and no earlier adapter (adapter_config.json). Choose a new folder.", folder));
 }
 
-nlohmann::ordered_json summary(const std::string& path, const AdapterFile& adapter) {
+nlohmann::ordered_json summary(const std::string& path, const SavedAdapter& adapter) {
   return {{"path", path},
           {"tensors", adapter.tensors.size()},
           {"r", adapter.config.r},
           {"lora_alpha", adapter.config.lora_alpha}};
 }
 
-BaseWeights base_weights(const std::string& folder, AdapterFile& adapter) {
+BaseWeights base_weights(const std::string& folder, SavedAdapter& adapter) {
   const auto reader = std::make_shared<LinearReader>(folder);
   ModelOptions exact;
   exact.path = folder;

@@ -2,14 +2,14 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-#include "trainer/adapter/adapter_file.h"
-#include "trainer/adapter/plain_lora.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/files/plain_lora.h"
 
 /// What the commands that turn adapter files into adapter files share.
 namespace corank {
 
 /// The adapter at `path`, complete and finite: InputError naming what is not; of a checkpoint the hashes too.
-AdapterFile read_checked(const std::string& path);
+SavedAdapter read_checked(const std::string& path);
 
 /// ConfigError where `output` is `input` itself or a checkpoint.
 void refuse_own_input(const std::string& input, const std::string& output);
@@ -19,9 +19,9 @@ void refuse_foreign_file(const std::string& file);
 void refuse_foreign_folder(const std::string& folder);
 
 /// What --json says of an adapter written to `path`.
-nlohmann::ordered_json summary(const std::string& path, const AdapterFile& adapter);
+nlohmann::ordered_json summary(const std::string& path, const SavedAdapter& adapter);
 
 /// The weights of model folder `folder`, after a check that `adapter` fits it; which loses what it saved along of them.
-BaseWeights base_weights(const std::string& folder, AdapterFile& adapter);
+BaseWeights base_weights(const std::string& folder, SavedAdapter& adapter);
 
 }  // namespace corank

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "launch/session.h"
-#include "trainer/step.h"
+#include "trainer/run/step.h"
 
 namespace corank {
 

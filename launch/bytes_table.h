@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "launch/session.h"
-#include "trainer/traffic.h"
+#include "trainer/run/traffic.h"
 
 namespace corank {
 

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "launch/session.h"
-#include "trainer/metrics.h"
+#include "trainer/run/metrics.h"
 
 namespace corank {
 

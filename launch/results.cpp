@@ -2,16 +2,16 @@
 
 #include <set>
 
+#include "comm/agree.h"
 #include "data/file.h"
 #include "data/safetensors.h"
 #include "data/weight_file.h"
-#include "trainer/agree.h"
 
 namespace corank {
 namespace {
 
 /// Weights in the run's dtype, and everything else of the base folder but its weights.
-void write_model_folder(const std::string& folder, const RunConfig& run, const AdapterFile& weights,
+void write_model_folder(const std::string& folder, const RunConfig& run, const SavedAdapter& weights,
                         const std::set<std::string>& transposed) {
   make_folders(folder);
   std::vector<std::pair<std::string, at::Tensor>> tensors;
@@ -30,7 +30,7 @@ std::string result_path(Session& session) {
 }
 
 void write_result(Session& session, const RunIdentity& identity) {
-  const AdapterFile result = collect_adapter(session.store(), session.method(), identity, session.mesh().tp());
+  const SavedAdapter result = collect_adapter(session.store(), session.method(), identity, session.mesh().tp());
   on_rank_0(session.mesh().world(), [&] {
     if (session.method().trains_base()) {
       write_model_folder(result_path(session), session.run(), result, transposed_weights(session.model()));

@@ -8,7 +8,9 @@
 #include "configs/reader.h"
 #include "configs/writer.h"
 #include "data/file.h"
-#include "trainer/adapter/methods.h"
+#include "launch/versions.h"
+#include "trainer/methods/config_keys.h"
+#include "trainer/methods/methods.h"
 
 namespace corank {
 namespace {
@@ -201,7 +203,7 @@ RunIdentity identity_of(const RunConfig& run, const TokenFile& data) {
   std::string settings = run.result_settings() + data.fingerprint() + model_config_json(run.model);
   // Without them the order of the others is another one, which a run that had them all does not go on with.
   if (Sampler(data, run.loader_options(0, 1).sampler).num_used() < data.size()) settings += "some samples left out\n";
-  return {sha256(settings), run.adapter, run.model.path.empty() ? run.model.shape : run.model.path};
+  return {sha256(settings), run.adapter, run.model.path.empty() ? run.model.shape : run.model.path, library_versions()};
 }
 
 LoaderOptions RunConfig::loader_options(int dp_rank, int dp_size) const {

@@ -4,11 +4,11 @@
 #include <vector>
 
 #include "data/loader.h"
-#include "trainer/adapter/config.h"
-#include "trainer/checkpoint.h"
-#include "trainer/model/families.h"
-#include "trainer/optimizer.h"
-#include "trainer/schedule.h"
+#include "trainer/methods/config.h"
+#include "trainer/models/families.h"
+#include "trainer/run/checkpoint.h"
+#include "trainer/run/optimizer.h"
+#include "trainer/run/schedule.h"
 
 namespace corank {
 

@@ -115,6 +115,7 @@ def main():
     for part, work in (
         ("format", format_check),
         ("compile flags", flags_check),
+        ("rooms", lambda: python_tests("tests/rooms_test.py")),
         ("C++", lambda: ctest(by_method)),
         ("commands", lambda: python_tests("tests/cli_test.py")),
         ("runs", lambda: python_tests("tests/cli_runs_test.py")),

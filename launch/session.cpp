@@ -8,11 +8,13 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "comm/agree.h"
 #include "data/file.h"
 #include "launch/adapter_files.h"
-#include "trainer/adapter/saved_along.h"
-#include "trainer/adapter/start.h"
-#include "trainer/agree.h"
+#include "trainer/files/saved_along.h"
+#include "trainer/methods/config_keys.h"
+#include "trainer/methods/merge_config.h"
+#include "trainer/methods/start.h"
 
 namespace corank {
 namespace {
@@ -38,10 +40,10 @@ RunConfig with_trained_adapter(RunConfig run, bool quantised) {
   return run;
 }
 
-AdapterFile read_run_adapter(const RunConfig& run, Model& model) {
-  AdapterFile file = read_checked(run.adapter.path);
+SavedAdapter read_run_adapter(const RunConfig& run, Model& model) {
+  SavedAdapter file = read_checked(run.adapter.path);
   place_saved_along(file, model, run.model, run.adapter.path);
-  file.config = merge_with_file(run.adapter, run.adapter_keys, file.config, linear_names(model));
+  file.config = merge_with_file(run.adapter, run.adapter_keys, file.config, module_names(model));
   return file;
 }
 
@@ -49,7 +51,7 @@ Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh
   require_equal(mesh_->world(), run_.yaml(), "the run (run file and overrides)");
   run_.model.device = mesh_->device();
   model_ = load_model(run_.model, mesh_->tp());
-  std::optional<AdapterFile> file;
+  std::optional<SavedAdapter> file;
   if (!run_.adapter.path.empty()) {
     file = read_run_adapter(run_, *model_);
     run_.adapter = file->config;
@@ -68,7 +70,7 @@ Inference::Inference(RunConfig run, const std::vector<NamedAdapter>& adapters, b
   adapters_ = std::make_unique<AdapterSet>(*model_, *mesh_, run.model.dtype, merged);
   if (!run.adapter.path.empty()) adapters_->load("default", read_run_adapter(run, *model_));
   for (const NamedAdapter& adapter : adapters) {
-    AdapterFile file = read_checked(adapter.path);
+    SavedAdapter file = read_checked(adapter.path);
     place_saved_along(file, *model_, run.model, adapter.path);
     adapters_->load(adapter.name, file);
   }

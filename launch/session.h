@@ -7,10 +7,10 @@
 #include "comm/mesh.h"
 #include "data/token_file.h"
 #include "launch/run_config.h"
-#include "trainer/adapter/adapter_set.h"
-#include "trainer/adapter/methods.h"
-#include "trainer/checkpoint.h"
-#include "trainer/model/model.h"
+#include "trainer/layers/model.h"
+#include "trainer/methods/adapter_set.h"
+#include "trainer/methods/methods.h"
+#include "trainer/run/checkpoint.h"
 
 namespace corank {
 
@@ -20,7 +20,7 @@ namespace corank {
 RunConfig with_trained_adapter(RunConfig run, bool quantised);
 
 /// The adapter at adapter.path, checked, its configuration merged with the run's keys.
-AdapterFile read_run_adapter(const RunConfig& run, Model& model);
+SavedAdapter read_run_adapter(const RunConfig& run, Model& model);
 
 /// The parts that every command with a model shares, built in order and destroyed in reverse: ledger, mesh, model,
 /// method, parameters.

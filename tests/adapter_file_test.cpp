@@ -1,13 +1,18 @@
+#include "trainer/files/adapter_file.h"
+
 #include <fmt/format.h>
 
 #include <filesystem>
 
 #include "tests/golden_case.h"
-#include "trainer/adapter/combine.h"
-#include "trainer/adapter/plain_lora.h"
-#include "trainer/adapter/saved_along.h"
-#include "trainer/checkpoint.h"
-#include "trainer/generation.h"
+#include "trainer/files/check_adapter.h"
+#include "trainer/files/combine.h"
+#include "trainer/files/peft_config.h"
+#include "trainer/files/plain_lora.h"
+#include "trainer/files/saved_along.h"
+#include "trainer/methods/mora.h"
+#include "trainer/run/checkpoint.h"
+#include "trainer/run/generation.h"
 
 // Adapters as files: combined, and turned into plain LoRA, against PEFT's results and against merged weights.
 namespace corank::test {
@@ -23,7 +28,7 @@ ModelOptions llama() {
   return options;
 }
 
-at::Tensor logits_of(const AdapterFile& file, const std::vector<int64_t>& tokens) {
+at::Tensor logits_of(const SavedAdapter& file, const std::vector<int64_t>& tokens) {
   TrainingRun run(nullptr, 1, llama(), file.config, {}, 42, &file);
   return all_logits(*run.model, tokens, run.mesh.tp());
 }
@@ -34,7 +39,7 @@ BaseWeights llama_weights() {
 }
 
 /// What the adapter adds to the weight of `module`.
-at::Tensor update(const AdapterFile& file, const std::string& module) {
+at::Tensor update(const SavedAdapter& file, const std::string& module) {
   const at::Tensor w_OI = llama_weights()(module).to(at::kDouble);
   return make_method(file.config)->merged(module, module_tensors(file.tensors, module, at::kDouble), w_OI) - w_OI;
 }
@@ -53,7 +58,7 @@ void expect_refused(const std::function<void()>& work, const std::vector<std::st
 
 // ---- combine
 
-AdapterFile combine_input(const std::string& name) { return read_adapter(golden("methods/combine/" + name)); }
+SavedAdapter combine_input(const std::string& name) { return read_adapter(golden("methods/combine/" + name)); }
 
 std::vector<WeightedAdapter> weighted(const std::vector<std::string>& names, const std::vector<double>& weights) {
   std::vector<WeightedAdapter> adapters;
@@ -63,7 +68,7 @@ std::vector<WeightedAdapter> weighted(const std::vector<std::string>& names, con
 
 class Combine : public testing::TestWithParam<std::string> {
  protected:
-  AdapterFile combined(double off = 1) const {
+  SavedAdapter combined(double off = 1) const {
     std::vector<double> weights = case_["weights"].get<std::vector<double>>();
     weights[0] *= off;
     std::optional<int64_t> rank;
@@ -73,11 +78,11 @@ class Combine : public testing::TestWithParam<std::string> {
 
   json case_ = json::parse(read_file(golden("methods/combine/cases.json")))[GetParam()];
   std::string how_ = case_["combination_type"].get<std::string>();
-  AdapterFile peft_ = combine_input(GetParam());
+  SavedAdapter peft_ = combine_input(GetParam());
 };
 
 TEST_P(Combine, ModulesAndRankAreThoseOfPeft) {
-  const AdapterFile ours = combined();
+  const SavedAdapter ours = combined();
   check_adapter(ours, "combined");
   std::vector<std::string> modules = adapted_modules(ours), expected = adapted_modules(peft_);
   std::sort(modules.begin(), modules.end());
@@ -93,7 +98,7 @@ TEST_P(Combine, ModulesAndRankAreThoseOfPeft) {
 TEST_P(Combine, FactorsAreThoseOfPeft) {
   if (GetParam() == "single_svd") return;  // PEFT takes linear for one adapter, whatever was asked
   const bool signs = how_ != "svd";
-  const AdapterFile ours = combined();
+  const SavedAdapter ours = combined();
   const std::map<std::string, at::Tensor> theirs(peft_.tensors.begin(), peft_.tensors.end());
   for (const auto& [name, tensor] : ours.tensors) {
     const at::Tensor expected = theirs.at(name);
@@ -103,7 +108,7 @@ TEST_P(Combine, FactorsAreThoseOfPeft) {
 }
 
 TEST_P(Combine, UpdatesAreThoseOfPeft) {
-  const AdapterFile ours = combined(), other = combined(1.01);
+  const SavedAdapter ours = combined(), other = combined(1.01);
   const SafetensorsFile products(golden("methods/combine/products.safetensors"));
   int64_t compared = 0;
   for (const auto& entry : products.tensors()) {
@@ -129,14 +134,14 @@ TEST(CombineWays, CatIsTheWeightedSumAndSvdItsLeadingPart) {
   const std::string module = "model.layers.1.self_attn.v_proj";
   at::Tensor sum = at::zeros({1}, at::kDouble);
   for (size_t i = 0; i < names.size(); ++i) sum = sum + update(combine_input(names[i]), module) * weights[i];
-  const AdapterFile cat = combine(weighted(names, weights), "cat", {});
+  const SavedAdapter cat = combine(weighted(names, weights), "cat", {});
   EXPECT_EQ(cat.config.r, 10);
   EXPECT_LT(relative_error(update(cat, module), sum), 1e-6);
   EXPECT_LT(relative_error(update(combine(weighted(names, weights), "svd", 10), module), sum), 1e-6);
   const at::Tensor s_R = at::linalg_svdvals(sum);
   const double best =
       (at::linalg_vector_norm(s_R.narrow(0, 5, s_R.size(0) - 5)) / at::linalg_vector_norm(s_R)).item<double>();
-  const AdapterFile cut = combine(weighted(names, weights), "svd", 5);
+  const SavedAdapter cut = combine(weighted(names, weights), "svd", 5);
   EXPECT_EQ(cut.config.r, 5);
   EXPECT_NEAR(relative_error(update(cut, module), sum), best, 1e-6);
 }
@@ -171,7 +176,7 @@ TEST(CombineRefuses, WhatCannotBeCombined) {
 std::string fitting(const PlainLora& plain) { return make_method(plain.file.config)->beyond_plain_lora(); }
 
 TEST(PlainLora, WhatIsPlainStaysAsItIs) {
-  const AdapterFile file = combine_input("first");
+  const SavedAdapter file = combine_input("first");
   const PlainLora plain = to_plain_lora(file, {});
   ASSERT_EQ(plain.file.tensors.size(), file.tensors.size());
   for (size_t i = 0; i < file.tensors.size(); ++i) {
@@ -187,7 +192,7 @@ TEST(PlainLora, ExactConversionsHaveTheSameLogits) {
         std::tuple{"methods/adalora/adapter", "methods/adalora", "logits.0"},
         std::tuple{"methods/adalora/adapter_final", "methods/adalora", "final.logits.0"}}) {
     SCOPED_TRACE(folder);
-    const AdapterFile file = read_adapter(golden(folder));
+    const SavedAdapter file = read_adapter(golden(folder));
     const PlainLora plain = to_plain_lora(file, {});
     EXPECT_EQ(fitting(plain), "");
     EXPECT_TRUE(plain.errors.empty());
@@ -197,7 +202,7 @@ TEST(PlainLora, ExactConversionsHaveTheSameLogits) {
     for (const std::string& module : adapted_modules(plain.file)) {
       EXPECT_LT(relative_error(update(plain.file, module), update(file, module)), 1e-6) << module;
     }
-    AdapterFile wrong = plain.file;
+    SavedAdapter wrong = plain.file;
     wrong.config.lora_alpha *= 1.01;
     EXPECT_GT(relative_error(logits_of(wrong, expected.tokens(0)), expected.value(logits)), 1e-5);
   }
@@ -205,7 +210,7 @@ TEST(PlainLora, ExactConversionsHaveTheSameLogits) {
 
 /// As a checkpoint has it (all ranks, some masked) and as PEFT's folders have it (only what lives).
 TEST(PlainLora, ModulesWithoutRanksAreLeftOutAndTheRestNamedInFull) {
-  AdapterFile masked = read_adapter(golden("methods/adalora/adapter"));
+  SavedAdapter masked = read_adapter(golden("methods/adalora/adapter"));
   const std::string dead = "model.layers.0.mlp.down_proj";
   std::vector<std::string> alive = adapted_modules(masked);
   std::erase(alive, dead);
@@ -216,14 +221,14 @@ TEST(PlainLora, ModulesWithoutRanksAreLeftOutAndTheRestNamedInFull) {
     const int64_t lives = name.find(dead) == std::string::npos ? 4 : 0;
     tensor.narrow(0, lives, 6 - lives).zero_();
   }
-  AdapterFile pruned = masked;
+  SavedAdapter pruned = masked;
   make_method(masked.config)->to_peft(pruned);
-  for (const AdapterFile& file : {masked, pruned}) {
+  for (const SavedAdapter& file : {masked, pruned}) {
     const PlainLora plain = to_plain_lora(file, {});
     EXPECT_EQ(plain.file.config.r, 4);
     const TemporaryFolder folder;
     write_peft_folder(folder.path("plain"), plain.file);
-    const AdapterFile back = read_adapter(folder.path("plain"));
+    const SavedAdapter back = read_adapter(folder.path("plain"));
     std::vector<std::string> named = back.config.target_modules.names, kept = adapted_modules(back);
     std::sort(named.begin(), named.end());
     std::sort(kept.begin(), kept.end());
@@ -236,7 +241,7 @@ TEST(PlainLora, ModulesWithoutRanksAreLeftOutAndTheRestNamedInFull) {
 }
 
 TEST(PlainLora, AnUpdateOfZeroIsRefused) {
-  AdapterFile file = read_adapter(golden("methods/adalora/adapter"));
+  SavedAdapter file = read_adapter(golden("methods/adalora/adapter"));
   for (auto& [name, tensor] : file.tensors) {
     if (name.ends_with("lora_E")) tensor = at::zeros_like(tensor);
   }
@@ -246,7 +251,7 @@ TEST(PlainLora, AnUpdateOfZeroIsRefused) {
 TEST(PlainLora, RefusesWhatItCannotHoldOrDoesNotNeed) {
   const auto refused = [](const std::string& name, const PlainLoraOptions& options,
                           const std::vector<std::string>& words) {
-    const AdapterFile file = read_adapter(golden(name));
+    const SavedAdapter file = read_adapter(golden(name));
     expect_refused<ConfigError>([&] { to_plain_lora(file, options); }, words);
   };
   refused("methods/modules_to_save/adapter", {}, {"lm_head, model.norm", "modules_to_save", "--as peft"});
@@ -258,18 +263,18 @@ TEST(PlainLora, RefusesWhatItCannotHoldOrDoesNotNeed) {
 }
 
 /// A MoRA adapter of the model of tests/golden/llama whose matrices are not zero.
-AdapterFile mora(int64_t type) {
+SavedAdapter mora(int64_t type) {
   AdapterConfig config;
   config.method = "mora";
   config.r = 2;
-  config.mora_type = type;
+  config.options.edit<MoraConfig>().type = type;
   TrainingRun run(nullptr, 1, llama(), config);
   at::manual_seed(7);
   run.store.masters().copy_(at::randn_like(run.store.masters()) * 0.05);
   return {config, "", run.store.gather(run.store.masters(), run.mesh.tp())};
 }
 
-std::vector<std::pair<std::string, AdapterFile>> decomposed() {
+std::vector<std::pair<std::string, SavedAdapter>> decomposed() {
   return {{"dora", read_adapter(golden("methods/dora/adapter"))}, {"mora 1", mora(1)}, {"mora 6", mora(6)}};
 }
 
@@ -562,7 +567,7 @@ void write_changed(const std::string& folder, const std::string& to, const json&
 TEST(PeftFields, LayersToTransformIsResolved) {
   const TemporaryFolder folder;
   write_changed("methods/combine/first", folder.path("a"), {{"layers_to_transform", {1, 7}}}, "layers.0.");
-  const AdapterFile file = read_adapter(folder.path("a"));
+  const SavedAdapter file = read_adapter(folder.path("a"));
   check_adapter(file, "a");
   const std::vector<std::string> expected{"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"};
   EXPECT_EQ(file.config.target_modules.names, expected);
@@ -598,11 +603,11 @@ TEST(PeftTensors, WholeNumbersAreRefused) {
 }
 
 TEST(PeftTensors, HalfPrecisionGoesThroughAFileOfOurs) {
-  AdapterFile file = combine_input("first");
+  SavedAdapter file = combine_input("first");
   for (auto& [name, tensor] : file.tensors) tensor = tensor.to(at::kBFloat16);
   const TemporaryFolder folder;
   write_file_atomically(folder.path("a.h5"), adapter_h5_image(file));
-  const AdapterFile back = read_adapter(folder.path("a.h5"));
+  const SavedAdapter back = read_adapter(folder.path("a.h5"));
   ASSERT_EQ(back.tensors.size(), file.tensors.size());
   const std::map<std::string, at::Tensor> tensors(back.tensors.begin(), back.tensors.end());
   for (const auto& [name, tensor] : file.tensors)
@@ -633,15 +638,15 @@ TEST(PeftTensors, AnAdapterOnEmbeddingOrHeadIsRefusedByName) {
 }
 
 /// An adapter of the untied or of the tied golden model, with tensors saved along.
-AdapterFile with_along(const std::string& adapter, const NamedTensors& along) {
+SavedAdapter with_along(const std::string& adapter, const NamedTensors& along) {
   const TemporaryFolder folder;
   write_changed(adapter, folder.path("a"), json::object(), "nothing", along);
-  AdapterFile file = read_adapter(folder.path("a"));
+  SavedAdapter file = read_adapter(folder.path("a"));
   check_adapter(file, "a");
   return file;
 }
 
-AdapterFile placed(AdapterFile file, const ModelOptions& options) {
+SavedAdapter placed(SavedAdapter file, const ModelOptions& options) {
   Ledger ledger;
   place_saved_along(file, *outline_model(options, *make_solo_communicator(at::kCPU, ledger)), options, "a");
   return file;
@@ -655,16 +660,16 @@ TEST(SavedAlong, WhatIsTheBasesIsLeftOut) {
   const size_t plain = combine_input("first").tensors.size();
   for (const NamedTensors& along : {NamedTensors{{kEmbedding, embedding}, {kHead, head}},
                                     NamedTensors{{kEmbedding, embedding}}, NamedTensors{{kHead, head}}}) {
-    const AdapterFile file = with_along("methods/combine/first", along);
+    const SavedAdapter file = with_along("methods/combine/first", along);
     EXPECT_EQ(saved_along(file).size(), along.size());
-    const AdapterFile result = placed(file, llama());
+    const SavedAdapter result = placed(file, llama());
     EXPECT_EQ(result.tensors.size(), plain);
     EXPECT_TRUE(result.config.modules_to_save.empty());
   }
   // in 16 bits a model computes with what is left of both
   ModelOptions half = llama();
   half.dtype = at::kBFloat16;
-  const AdapterFile rounded = with_along("methods/combine/first", {{kHead, head.to(at::kBFloat16)}});
+  const SavedAdapter rounded = with_along("methods/combine/first", {{kHead, head.to(at::kBFloat16)}});
   EXPECT_TRUE(placed(rounded, half).config.modules_to_save.empty());
   EXPECT_EQ(placed(rounded, llama()).config.modules_to_save, std::vector<std::string>{"lm_head"});
 }
@@ -688,7 +693,7 @@ TEST(SavedAlong, OtherValuesTakeThePlaceOfTheBases) {
   write_file_atomically(folder.path("model/model.safetensors"), safetensors_image(weights));
   ModelOptions other = llama();
   other.path = folder.path("model");
-  const AdapterFile plain = combine_input("first"), file = placed(with_along("methods/combine/first", along), llama());
+  const SavedAdapter plain = combine_input("first"), file = placed(with_along("methods/combine/first", along), llama());
   EXPECT_EQ(file.config.modules_to_save, (std::vector<std::string>{"lm_head", "model.embed_tokens"}));
   TrainingRun expected(nullptr, 1, other, plain.config, {}, 42, &plain);
   const at::Tensor logits = all_logits(*expected.model, tokens, expected.mesh.tp());
@@ -701,7 +706,7 @@ TEST(SavedAlong, OfATiedModelOnlyItsOwnIsTaken) {
   tied.path = golden("llama_tied_llama3rope/model");
   const std::string adapter = "llama_tied_llama3rope/adapter";
   const at::Tensor embedding = WeightFile(tied.path).read("model.embed_tokens.weight");
-  const AdapterFile same = placed(with_along(adapter, {{kEmbedding, embedding}, {kHead, embedding}}), tied);
+  const SavedAdapter same = placed(with_along(adapter, {{kEmbedding, embedding}, {kHead, embedding}}), tied);
   EXPECT_EQ(same.tensors.size(), read_adapter(golden(adapter)).tensors.size());
   EXPECT_TRUE(same.config.modules_to_save.empty());
   for (const std::string& name : {kEmbedding, kHead}) {
@@ -716,7 +721,7 @@ TEST(SavedAlong, OfATiedModelOnlyItsOwnIsTaken) {
 TEST(SavedAlong, AResizedVocabularyIsRefusedWithBothShapes) {
   const at::Tensor head = WeightFile(llama().path).read("lm_head.weight");
   const int64_t rows = head.size(0), columns = head.size(1);
-  const AdapterFile file = with_along("methods/combine/first", {{kHead, at::cat({head, at::zeros({2, columns})})}});
+  const SavedAdapter file = with_along("methods/combine/first", {{kHead, at::cat({head, at::zeros({2, columns})})}});
   expect_refused<InputError>([&] { placed(file, llama()); },
                              {kHead, fmt::format("[{}, {}]", rows + 2, columns), fmt::format("[{}, {}]", rows, columns),
                               "resize_token_embeddings"});
@@ -738,7 +743,7 @@ TEST(SavedAlong, CopiesOfAModuleToSaveAreOne) {
                    {"base_model.model.lm_head.original_module.weight", head * 0}});
   };
   write(head);
-  const AdapterFile file = read_adapter(folder.path("a"));
+  const SavedAdapter file = read_adapter(folder.path("a"));
   check_adapter(file, "a");
   EXPECT_EQ(file.tensors.size(), combine_input("first").tensors.size() + 1);
   write(head * 3);
@@ -750,11 +755,11 @@ TEST(SavedAlong, CopiesOfAModuleToSaveAreOne) {
 
 TEST(SavedAlong, StaysBesideTheAdapterInFilesAndIsNotCombined) {
   const at::Tensor head = WeightFile(llama().path).read("lm_head.weight");
-  const AdapterFile file = with_along("methods/combine/first", {{kHead, head}});
+  const SavedAdapter file = with_along("methods/combine/first", {{kHead, head}});
   const TemporaryFolder folder;
   write_file_atomically(folder.path("a.h5"), adapter_h5_image(file));
   write_peft_folder(folder.path("b"), read_adapter(folder.path("a.h5")));
-  const AdapterFile back = read_adapter(folder.path("b"));
+  const SavedAdapter back = read_adapter(folder.path("b"));
   EXPECT_EQ(saved_along(back), std::vector<std::string>{"lm_head"});
   EXPECT_TRUE(back.config.modules_to_save.empty());
   expect_refused<ConfigError>([&] { to_plain_lora(file, {}); }, {"lm_head", "--base"});

@@ -1,4 +1,4 @@
-#include "trainer/checkpoint_folder.h"
+#include "trainer/run/checkpoint_folder.h"
 
 #include <gtest/gtest.h>
 

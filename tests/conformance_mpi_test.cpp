@@ -1,4 +1,6 @@
 #include "tests/conformance.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/methods/merge_config.h"
 
 // The tables of methods and formats against the rules of conformance.h. A new line of methods.cpp or formats.cpp is
 // tested without a change here; variants() names what keys make of a method.
@@ -70,7 +72,7 @@ TEST_P(Runs, StepsAreTheSameInEveryLayoutAndChangeTheAdapterAlone) {
     const Weights base = frozen_weights(p), parameters = parameters_of(p);
     std::vector<std::string> unequal;
     const auto losses = losses_of(run, kSteps, [&] {
-      for (const std::string& name : unequal_replicas(p)) unequal.push_back(name);
+      for (const std::string& name : unequal_replicas(p.mesh, p.store)) unequal.push_back(name);
     });
     if (first.empty()) first = losses;
     EXPECT_LT(loss_deviation(losses, first), kSingle);
@@ -98,14 +100,15 @@ Checkpoints checkpoints_of(TinyRun& run, const std::string& folder) {
   return {folder, {"same run", run.method->config(), "tiny"}, {1}, run.mesh, run.store, *run.optimizer, *run.method};
 }
 
-/// Full fine-tuning leaves no folder of an adapter. PiSSA's is one on W, which is quantised otherwise than W - s B A.
+/// Full fine-tuning leaves no folder of an adapter; that of PiSSA is one on W, which is quantised otherwise than
+/// W - s B A.
 bool folder_is_exact(const Combination& c) {
-  return !c.trains_base() && (c.variant.config.method != "pissa" || c.format == "none");
+  return !c.trains_base() && (c.format == "none" || make_method(c.config())->beyond_quantised().empty());
 }
 
 /// Collective over the world. The folder that PEFT gets of `run`, read back.
-AdapterFile written_and_read(const TinyRun& run, const Combination& c, const std::string& folder) {
-  const AdapterFile collected = collect_adapter(run.store, *run.method, {"", c.config(), ""}, run.mesh.tp());
+SavedAdapter written_and_read(const TinyRun& run, const Combination& c, const std::string& folder) {
+  const SavedAdapter collected = collect_adapter(run.store, *run.method, {"", c.config(), ""}, run.mesh.tp());
   if (test_world().rank() == 0) write_peft_folder(folder, collected);
   MPI_Barrier(test_world().comm());
   return read_adapter(folder);
@@ -113,7 +116,7 @@ AdapterFile written_and_read(const TinyRun& run, const Combination& c, const std
 
 TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
   const Combination c = GetParam();
-  const SharedFolder folder;
+  const SharedFolder folder(test_world());
   const int split = tensor_sizes().back(), other = std::max(1, split / 2);
   TinyRun saved(&test_world(), split, c), resumed(&test_world(), other, c);
   losses_of(saved, 2);
@@ -124,10 +127,8 @@ TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
 
   std::unique_ptr<TinyRun> started;
   if (folder_is_exact(c)) {
-    const AdapterFile file = written_and_read(saved, c, folder.path() + "/adapter");
-    std::vector<std::string> linears;
-    for (const AdaptedLinear* linear : saved.model->linears()) linears.push_back(linear->name());
-    const AdapterConfig config = merge_with_file(c.config(), {}, file.config, linears);
+    const SavedAdapter file = written_and_read(saved, c, folder.path() + "/adapter");
+    const AdapterConfig config = merge_with_file(c.config(), {}, file.config, module_names(*saved.model));
     started = std::make_unique<TinyRun>(&test_world(), other, c, config, &file);
     started->batches.restore(saved.batches.state());
   }
@@ -182,7 +183,7 @@ TEST(Dora, NormsAreThoseOfTheFullWeightOnEveryRank) {
       randomise(p);
       p.method.initialise(p.mesh);  // the magnitudes become the norms
       for (const Split split : {Split::column, Split::row}) EXPECT_LT(norm_deviation(p, split), 1e-6) << format;
-      EXPECT_EQ(unequal_replicas(p), std::vector<std::string>{}) << format << " tp " << tensor;
+      EXPECT_EQ(unequal_replicas(p.mesh, p.store), std::vector<std::string>{}) << format << " tp " << tensor;
     }
   }
 }

@@ -5,9 +5,12 @@
 
 #include "data/weight_file.h"
 #include "tests/golden_case.h"
-#include "trainer/adapter/rank_budget.h"
-#include "trainer/generation.h"
-#include "trainer/ops/mora.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/files/peft_config.h"
+#include "trainer/methods/mora_update.h"
+#include "trainer/methods/rank_budget.h"
+#include "trainer/methods/targets.h"
+#include "trainer/run/generation.h"
 
 // Against values that transformers and PEFT computed (tests/golden/make_golden.py, make_families.py), float32 on the
 // CPU. Bounds: methods 13.
@@ -40,7 +43,7 @@ class LoraGolden : public testing::TestWithParam<std::string> {
   }
 
   Golden golden_;
-  AdapterFile adapter_;
+  SavedAdapter adapter_;
 };
 
 TEST_P(LoraGolden, LogitsMatch) {
@@ -147,7 +150,7 @@ std::string alive(const at::Tensor& e_R1) {
 class AdaLoraGolden : public testing::Test {
  protected:
   Golden golden_{"methods/adalora"};
-  AdapterFile adapter_ = read_adapter(golden_.path("adapter"));
+  SavedAdapter adapter_ = read_adapter(golden_.path("adapter"));
   json schedule_ = json::parse(read_file(golden_.path("schedule.json")));
 };
 
@@ -168,16 +171,18 @@ TEST_F(AdaLoraGolden, MasksOfEveryStepAndTheFolderAtTheEndAreThoseOfPeft) {
   for (int64_t step = 1; step <= 20; ++step) {
     run.step(golden_.batches(), step, lr_at(schedule, step));
     const json& expected = schedule_["steps"][step - 1];
-    EXPECT_EQ(budget_at(adapter_.config.adalora, 14, step), expected["budget"].get<int64_t>()) << "step " << step;
+    EXPECT_EQ(budget_at(adapter_.config.options.get<AdaLoraConfig>(), 14, step), expected["budget"].get<int64_t>())
+        << "step " << step;
     for (size_t m = 0; m < schedule_["modules"].size(); ++m) {
       const auto name = "base_model.model." + schedule_["modules"][m].get<std::string>() + ".lora_E";
       EXPECT_EQ(alive(run.store.at(name).master), expected["kept"][m].get<std::string>()) << name << " step " << step;
     }
   }
-  AdapterFile result{adapter_.config, "", run.store.gather(run.store.masters(), run.mesh.tp())};
+  SavedAdapter result{adapter_.config, "", run.store.gather(run.store.masters(), run.mesh.tp())};
   run.method->to_peft(result);
-  const AdapterFile final = read_adapter(golden_.path("adapter_final"));
-  EXPECT_EQ(result.config.adalora.kept_ranks, final.config.adalora.kept_ranks);
+  const SavedAdapter final = read_adapter(golden_.path("adapter_final"));
+  EXPECT_EQ(result.config.options.get<AdaLoraConfig>().kept_ranks,
+            final.config.options.get<AdaLoraConfig>().kept_ranks);
   const std::map<std::string, at::Tensor> tensors(result.tensors.begin(), result.tensors.end());
   for (const auto& [name, tensor] : final.tensors) EXPECT_LT(relative_error(tensors.at(name), tensor), 1e-4) << name;
   TrainingRun again(nullptr, 1, model_at(golden_.model()), final.config, {}, 42, &final);
@@ -262,7 +267,7 @@ class PissaGolden : public testing::Test {
   }
 
   Golden golden_{"methods/pissa"};
-  AdapterFile adapter_;
+  SavedAdapter adapter_;
 };
 
 /// Signs of singular vectors are free: products are compared, never factors.
@@ -308,7 +313,7 @@ TEST_F(PissaGolden, LossGradientsAndTwentyStepsMatch) {
 TEST_F(PissaGolden, ConversionToPlainLoraMatches) {
   const auto started = start();
   TrainingRun& run = *started;
-  AdapterFile file = adapter_;
+  SavedAdapter file = adapter_;
   for (auto& entry : run.method->extra_tensors(run.mesh.tp())) file.tensors.push_back(entry);
   run.method->to_peft(file);
   EXPECT_EQ(file.config.method, "lora");
@@ -325,18 +330,13 @@ TEST(MoraGolden, OutputsAndGradientsOfEveryTypeAndShape) {
   const json sides = json::parse(read_file(golden("methods/mora.json")));
   const SafetensorsFile file(golden("methods/mora.safetensors"));
   const auto value = [&](const std::string& name) { return file.read(name).to(at::kDouble); };
-  struct Zero : ops::Matrix {
-    at::Tensor w_OI;
-    at::Tensor dense_OI() const override { return w_OI; }
-  };
   using enum ops::Grouping;
   const std::map<int64_t, std::pair<ops::Grouping, ops::Grouping>> types{
       {1, {modulo, modulo}}, {2, {block, block}}, {3, {block, modulo}}, {4, {modulo, block}}, {6, {rotate, rotate}}};
   for (const auto& [shape, ranks] : sides.items()) {
     const at::Tensor x = value(shape + ".x"), g = value(shape + ".g");
     const int64_t in = x.size(1), out = g.size(1);
-    Zero w;
-    w.w_OI = at::zeros({out, in}, at::kDouble);
+    const DenseMatrix w(at::zeros({out, in}, at::kDouble));
     for (const auto& [r, side] : ranks.items()) {
       for (const auto& [type, grouping] : types) {
         const std::string name = fmt::format("{}.type{}.{}", shape, type, r);
@@ -344,12 +344,13 @@ TEST(MoraGolden, OutputsAndGradientsOfEveryTypeAndShape) {
         const int64_t size = side[type == 6 ? "rotation" : "sharing"].get<int64_t>();
         const at::Tensor m = value(shape + ".M").narrow(0, 0, size).narrow(1, 0, size).contiguous();
         const ops::Rotation turn = ops::rotation_of(m.size(0), in, out, m.options().requires_grad(false));
-        const ops::MoraUpdate update({{m, m}, grouping.first, grouping.second, {in, 0, in}, {out, 0, out}, {}, turn});
+        const MoraUpdate update({{m, m}, grouping.first, grouping.second, {in, 0, in}, {out, 0, out}, {}, turn});
         std::vector<at::Tensor> saved;
-        at::Tensor dx;
+        const at::Tensor dx = at::empty_like(x);
         const double bound = type == 6 ? 1e-5 : 2e-6;
         EXPECT_LT(relative_error(update.forward(x, w, {}, saved), value(name + ".y")), bound);
-        EXPECT_LT(relative_error(update.backward(g, x, w, saved, true, dx)[0], value(name + ".dM")), bound);
+        update.backward(g, x, w, saved, {dx, Write::over});
+        EXPECT_LT(relative_error(m.grad(), value(name + ".dM")), bound);
         EXPECT_LT(relative_error(dx, value(name + ".dx")), bound);
         if (!file.tensors().count(name + ".delta")) continue;
         const at::Tensor delta = ops::mora_delta(m, grouping.first, grouping.second, in, out);
@@ -428,13 +429,16 @@ TEST(Gpt2, AFolderOfTheBareModelIsTheSameModel) {
 }
 
 TEST(TargetModules, MatchPeft) {
-  std::vector<std::string> linears;
+  ModuleNames modules;
   {
     Ledger ledger;
     const auto solo = make_solo_communicator(at::kCPU, ledger);
-    const auto model = outline_model(model_at(golden("llama/model")), *solo);
-    for (const AdaptedLinear* linear : model->linears()) linears.push_back(linear->name());
+    modules = module_names(*outline_model(model_at(golden("llama/model")), *solo));
   }
+  const auto targets = [&](const AdapterConfig& config) {
+    require_only_linears(config, modules.others);
+    return select_targets(config, modules.linears);
+  };
   int64_t settings = 0;
   for (const auto& setting : nlohmann::ordered_json::parse(read_file(golden("peft_targets.json")))) {
     const std::string title = setting["title"].get<std::string>();
@@ -443,12 +447,12 @@ TEST(TargetModules, MatchPeft) {
     SCOPED_TRACE(title);
     auto text = config;
     text["peft_type"] = "LORA";
-    const auto parse = [&] { return parse_peft_config(text.dump(), title, linears); };
+    const auto parse = [&] { return parse_peft_config(text.dump(), title, modules.linears); };
     if (!setting.contains("modules") || title == "the head") {  // the head takes no adapter here: refused, not ignored
-      EXPECT_THROW(select_targets(parse(), linears), Error);
+      EXPECT_THROW(targets(parse()), Error);
     } else {
       const AdapterConfig parsed = parse();
-      std::vector<std::string> expected, found = select_targets(parsed, linears);
+      std::vector<std::string> expected, found = targets(parsed);
       for (const auto& module : setting["modules"]) {
         const std::string name = module["name"].get<std::string>();
         expected.push_back(name);

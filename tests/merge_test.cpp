@@ -1,4 +1,4 @@
-#include "trainer/merge.h"
+#include "trainer/files/merge.h"
 
 #include <fmt/format.h>
 
@@ -6,9 +6,12 @@
 
 #include "data/weight_file.h"
 #include "tests/golden_case.h"
-#include "trainer/adapter/merged.h"
-#include "trainer/checkpoint.h"
-#include "trainer/generation.h"
+#include "trainer/files/adapter_file.h"
+#include "trainer/methods/merged.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/rank_budget.h"
+#include "trainer/run/checkpoint.h"
+#include "trainer/run/generation.h"
 
 // Merged folders: against PEFT's merged weights (make_methods.py), and against the adapter beside the base. Bounds:
 // methods 13, row 14.
@@ -29,7 +32,7 @@ ModelOptions merge_model_at(const std::string& path, at::ScalarType dtype = at::
 
 /// The model at `options` alone, or with an adapter.
 at::Tensor logits_of(const ModelOptions& options, const std::vector<int64_t>& tokens,
-                     const AdapterFile* adapter = nullptr) {
+                     const SavedAdapter* adapter = nullptr) {
   if (adapter) {
     const TrainingRun run(nullptr, 1, options, adapter->config, {}, 42, adapter);
     return all_logits(*run.model, tokens, run.mesh.tp());
@@ -79,9 +82,9 @@ class MergeGolden : public testing::TestWithParam<Case> {
   std::string merged() const { return folder_.path("merged"); }
 
   /// PiSSA's is a checkpoint: the factors and those that it started with.
-  AdapterFile adapter() const {
+  SavedAdapter adapter() const {
     if (!GetParam().adapter.empty()) return read_adapter(golden(GetParam().adapter));
-    AdapterFile file;
+    SavedAdapter file;
     file.config.method = "pissa";
     file.config.r = 4;
     file.config.lora_alpha = 8;
@@ -115,7 +118,7 @@ class MergeGolden : public testing::TestWithParam<Case> {
 
 TEST_P(MergeGolden, WeightsAndLogitsAreThoseOfPeft) {
   make_folders(merged());
-  const AdapterFile file = adapter();
+  const SavedAdapter file = adapter();
   const MergeResult result = write_merged_model(merged(), merge_model_at(base()), file, false);
   WeightFile ours(merged()), theirs(base());
   EXPECT_EQ(result.tensors, static_cast<int64_t>(theirs.names().size()));
@@ -135,7 +138,7 @@ TEST_P(MergeGolden, WeightsAndLogitsAreThoseOfPeft) {
 
 TEST_P(MergeGolden, WhatNoAdapterTouchesStaysToTheByte) {
   make_folders(merged());
-  const AdapterFile file = adapter();
+  const SavedAdapter file = adapter();
   write_merged_model(merged(), merge_model_at(base()), file, false);
   WeightFile ours(merged()), theirs(base());
   std::set<std::string> touched;
@@ -155,7 +158,7 @@ TEST_P(MergeBFloat16, IsRoundedOnceAndOneStepFromPeftAtMost) {
   const std::string low = folder_.path("bf16");
   write_in(at::kBFloat16, base(), low);
   make_folders(merged());
-  const AdapterFile file = adapter();
+  const SavedAdapter file = adapter();
   write_merged_model(merged(), merge_model_at(low), file, false);
   WeightFile ours(merged()), exact(low);
   for (const auto& [name, weight] : expected("bf16." + GetParam().name + ".")) {
@@ -179,13 +182,13 @@ INSTANTIATE_TEST_SUITE_P(Cases, MergeBFloat16, testing::Values(kCases[0], kCases
                          [](const auto& param) { return param.param.name; });
 
 /// An adapter of `config` after three steps on the model, as its run leaves it; `logits` of the run itself.
-AdapterFile trained(const ModelOptions& options, const AdapterConfig& config, const std::string& path,
-                    at::Tensor* logits = nullptr) {
+SavedAdapter trained(const ModelOptions& options, const AdapterConfig& config, const std::string& path,
+                     at::Tensor* logits = nullptr) {
   TrainingRun run(nullptr, 1, options, config);
   const Golden llama("llama");
   for (int64_t step = 1; step <= 3; ++step) run.step(llama.batches(), step, 1e-2);
   if (logits) *logits = all_logits(*run.model, llama.tokens(0), run.mesh.tp());
-  const AdapterFile file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
+  const SavedAdapter file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
   write_file_atomically(path, adapter_h5_image(file));
   return read_adapter(path);
 }
@@ -193,7 +196,7 @@ AdapterFile trained(const ModelOptions& options, const AdapterConfig& config, co
 class Merge : public testing::Test {
  protected:
   std::string path(const std::string& name) const { return folder_.path(name); }
-  MergeResult merge(const ModelOptions& options, const AdapterFile& adapter, bool dequantize = false) const {
+  MergeResult merge(const ModelOptions& options, const SavedAdapter& adapter, bool dequantize = false) const {
     make_folders(path("merged"));
     return write_merged_model(path("merged"), options, adapter, dequantize);
   }
@@ -209,10 +212,10 @@ TEST_F(Merge, EveryMethodAfterTrainingIsItsMergedModel) {
     SCOPED_TRACE(fmt::format("{} {}", method, type));
     AdapterConfig config;
     config.method = method;
-    config.mora_type = type;
-    config.adalora = {
+    config.options.edit<MoraConfig>().type = type;
+    config.options.edit<AdaLoraConfig>() = {
         .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
-    const AdapterFile adapter = trained(merge_model_at(base_), config, path("adapter.h5"));
+    const SavedAdapter adapter = trained(merge_model_at(base_), config, path("adapter.h5"));
     merge(merge_model_at(base_), adapter);
     const at::Tensor merged = logits_of(merge_model_at(path("merged")), tokens_);
     EXPECT_LT(relative_error(merged, logits_of(merge_model_at(base_), tokens_, &adapter)), 1e-5);
@@ -227,7 +230,7 @@ TEST_F(Merge, AQuantisedBaseIsTakenAsTheRunOrAsTheFolderHasIt) {
       AdapterConfig config;
       config.method = method;
       const ModelOptions run = merge_model_at(base_, at::kFloat, quantization);
-      const AdapterFile adapter = trained(run, config, path("adapter.h5"));
+      const SavedAdapter adapter = trained(run, config, path("adapter.h5"));
       merge(run, adapter, /*dequantize=*/true);
       const at::Tensor as_trained = logits_of(run, tokens_, &adapter);
       EXPECT_LT(relative_error(logits_of(merge_model_at(path("merged")), tokens_), as_trained), 1e-5);
@@ -245,7 +248,7 @@ TEST_F(Merge, QPissaIsNearerOnTheOriginalBase) {
   config.method = "pissa";
   const ModelOptions run = merge_model_at(base_, at::kFloat, "nf4");
   at::Tensor as_trained;
-  const AdapterFile adapter = trained(run, config, path("adapter.h5"), &as_trained);
+  const SavedAdapter adapter = trained(run, config, path("adapter.h5"), &as_trained);
   const auto error = [&](bool dequantize) {
     merge(run, adapter, dequantize);
     return relative_error(logits_of(merge_model_at(path("merged")), tokens_), as_trained);
@@ -255,7 +258,7 @@ TEST_F(Merge, QPissaIsNearerOnTheOriginalBase) {
 
 TEST_F(Merge, ABitsandbytesFolderBecomesAnOrdinaryOne) {
   const std::string quantised = golden("methods/llama_nf4/model");
-  const AdapterFile adapter = read_adapter(golden("llama/adapter"));
+  const SavedAdapter adapter = read_adapter(golden("llama/adapter"));
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     const ModelOptions run = merge_model_at(quantised, dtype, "nf4");
     merge(run, adapter, /*dequantize=*/true);
@@ -296,7 +299,7 @@ TEST_F(Merge, ShardsStayShards) {
                                    {"pytorch_model.bin", std::string("old")}}) {
     write_file_atomically(path(std::string("base/") + name), text);
   }
-  const AdapterFile adapter = read_adapter(golden("llama/adapter"));
+  const SavedAdapter adapter = read_adapter(golden("llama/adapter"));
   const MergeResult result = merge(merge_model_at(path("base")), adapter);
   const json index = json::parse(read_file(path("merged/model.safetensors.index.json")));
   EXPECT_EQ(index["weight_map"], map);
@@ -320,7 +323,7 @@ TEST_F(Merge, FoldersOfTheBareModelKeepTheirNames) {
   make_folders(path("bare"));
   write_file_atomically(path("bare/model.safetensors"), safetensors_image(tensors));
   write_file_atomically(path("bare/config.json"), read_file(whole + "/config.json"));
-  const AdapterFile adapter = read_adapter(golden("families/gpt2/adapter"));
+  const SavedAdapter adapter = read_adapter(golden("families/gpt2/adapter"));
   merge(merge_model_at(path("bare")), adapter);
   EXPECT_TRUE(WeightFile(path("merged")).has("h.0.attn.c_attn.weight"));
   const Golden gpt2("families/gpt2");
@@ -328,7 +331,7 @@ TEST_F(Merge, FoldersOfTheBareModelKeepTheirNames) {
 }
 
 TEST_F(Merge, WhatDoesNotFitOrIsNotFiniteIsRefused) {
-  AdapterFile adapter = read_adapter(golden("llama/adapter"));
+  SavedAdapter adapter = read_adapter(golden("llama/adapter"));
   EXPECT_THROW(merge(merge_model_at(golden("llama_biased_headdim/model")), adapter), InputError);
   for (auto& [name, tensor] : adapter.tensors) tensor = tensor * 1e30;
   try {

@@ -6,7 +6,7 @@
 #include "data/file.h"
 #include "data/weight_file.h"
 #include "tests/golden_case.h"
-#include "trainer/generation.h"
+#include "trainer/run/generation.h"
 
 // Attributes of config.json that change the result: honoured, or refused by name.
 namespace corank::test {

@@ -1,5 +1,6 @@
+#include "configs/error.h"
 #include "tests/conformance.h"
-#include "trainer/ops/mora.h"
+#include "trainer/methods/mora_update.h"
 
 // Tests of the tests: errors that are planted from outside into the parts of a run. The rule of conformance.h that is
 // there to find one must hold without it and break with it.
@@ -13,10 +14,7 @@ int ranks() { return test_world().size(); }
 Combination plain(const std::string& method) { return {{method, small(method)}, "none"}; }
 
 /// The same ranks as a mesh that splits nothing: what a method sums over tp stays this rank's part.
-struct Unsplit {
-  Ledger ledger;
-  Mesh mesh{ranks_of(&test_world(), ledger), 1};
-};
+const Mesh& unsplit() { return shared_mesh(&test_world(), 1).mesh; }
 
 /// A method of which a subclass changes one thing.
 class Altered : public AdapterMethod {
@@ -26,9 +24,7 @@ class Altered : public AdapterMethod {
   void attach(Model& model, ParameterStore& store, uint64_t seed) override { method_->attach(model, store, seed); }
   void begin(const Mesh& mesh) override { method_->begin(mesh); }
   void add_gradients(int64_t step, const Mesh& mesh) override { method_->add_gradients(step, mesh); }
-  void on_step_end(int64_t step, Optimizer& optimizer, const Mesh& mesh) override {
-    method_->on_step_end(step, optimizer, mesh);
-  }
+  bool on_step_end(int64_t step, const Mesh& mesh) override { return method_->on_step_end(step, mesh); }
   std::vector<std::pair<std::string, at::Tensor>> state() override { return method_->state(); }
   GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
     return method_->gradient_sizes(linear, tensor);
@@ -45,12 +41,7 @@ class Altered : public AdapterMethod {
 class OwnStatistics : public Altered {
  public:
   using Altered::Altered;
-  void on_step_end(int64_t step, Optimizer& optimizer, const Mesh&) override {
-    Altered::on_step_end(step, optimizer, unsplit_.mesh);
-  }
-
- private:
-  Unsplit unsplit_;
+  bool on_step_end(int64_t step, const Mesh&) override { return Altered::on_step_end(step, unsplit()); }
 };
 
 /// What does not come from the loss is added when early() is called.
@@ -78,13 +69,12 @@ double layout_deviation(const Combination& c, const std::vector<double>& losses)
 TEST(Mutants, DoraWithoutTheSumOfRowParallelNorms) {
   Layers layers(&test_world(), ranks(), plain("dora"), at::kFloat);
   const Parts p = parts_of(layers);
-  const Unsplit unsplit;
   randomise(p);
   EXPECT_LT(merged_deviation(p, Split::row).forward, kSingle);
-  p.method.begin(unsplit.mesh);
+  p.method.begin(unsplit());
   EXPECT_GT(merged_deviation(p, Split::row).forward, kSeen);
   EXPECT_LT(merged_deviation(p, Split::column).forward, kSingle) << "nothing is summed there";
-  p.method.initialise(unsplit.mesh);
+  p.method.initialise(unsplit());
   EXPECT_GT(norm_deviation(p, Split::row), kSeen);
 }
 
@@ -151,9 +141,9 @@ TEST(Mutants, ReplicatedFactorsWhoseGradientsAreNotSummedOverTp) {
     wrong.reducer =
         std::make_unique<GradReducer>(wrong.mesh, all.narrow(0, 0, 0), all, wrong.method->gradient_purpose());
     EXPECT_LT(layout_deviation(plain(method), losses_of(right, 3)), kSingle) << method;
-    EXPECT_EQ(unequal_replicas(parts_of(right)), std::vector<std::string>{}) << method;
+    EXPECT_EQ(unequal_replicas(right.mesh, right.store), std::vector<std::string>{}) << method;
     EXPECT_GT(layout_deviation(plain(method), losses_of(wrong, 3)), 2 * kSingle) << method;
-    EXPECT_NE(unequal_replicas(parts_of(wrong)), std::vector<std::string>{}) << method;
+    EXPECT_NE(unequal_replicas(wrong.mesh, wrong.store), std::vector<std::string>{}) << method;
   }
 }
 
@@ -170,8 +160,7 @@ TEST(Mutants, WeightsSlicedBeforeTheyAreQuantised) {
   const at::Tensor w_OI = random_tensor("w", shape, at::kFloat, 0.02);
   StoredWeight stored{"w", [&](const Shard& shard) { return take_shard(w_OI, shard).contiguous(); },
                       [] { return std::nullopt; }};
-  Ledger ledger;
-  const Mesh mesh(ranks_of(&test_world(), ledger), ranks());
+  const Mesh& mesh = shared_mesh(&test_world(), ranks()).mesh;
   const auto options = [&](const std::string& name, bool double_quant) {
     return FormatOptions{name, double_quant, at::kFloat, mesh.device()};
   };
@@ -193,22 +182,20 @@ TEST(Mutants, WeightsSlicedBeforeTheyAreQuantised) {
 }
 
 /// MoRA on an input that is filled up with zeros to whole groups, where its first columns should stand again.
-class ZeroPadded : public ops::Update {
+class ZeroPadded : public Update {
  public:
   ZeroPadded(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping)
       : padding_(-site.in % m_RR.value.size(0) + m_RR.value.size(0)),
         zeros_(at::zeros({site.out, site.in + padding_}, m_RR.value.options())),
         mora_(padded_mora(site, m_RR, grouping, site.in + padding_)) {}
   std::vector<at::Tensor> leaves() const override { return mora_.leaves(); }
-  at::Tensor forward(const at::Tensor& x_NI, const ops::Matrix& w, const at::Tensor& bias_O,
+  at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override {
     const at::Tensor update = mora_.forward(at::constant_pad_nd(x_NI, {0, padding_}), zeros_, {}, saved);
-    return update + ops::affine(x_NI, w.dense_OI(), bias_O);
+    return update + w.multiply(x_NI, bias_O);
   }
-  std::vector<at::Tensor> backward(const at::Tensor&, const at::Tensor&, const ops::Matrix&,
-                                   const std::vector<at::Tensor>&, bool, at::Tensor&) const override {
-    return {};
-  }
+  void backward(const at::Tensor&, const at::Tensor&, const Matrix&, const std::vector<at::Tensor>&,
+                const InputGradient&) const override {}
 
  private:
   static ops::Mora padded_mora(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping, int64_t in) {
@@ -221,31 +208,25 @@ class ZeroPadded : public ops::Update {
     return mora;
   }
 
-  struct Zeros : ops::Matrix {
-    explicit Zeros(at::Tensor all) : all_OI(std::move(all)) {}
-    at::Tensor dense_OI() const override { return all_OI; }
-    at::Tensor all_OI;
-  };
-
   int64_t padding_;
-  Zeros zeros_;
-  ops::MoraUpdate mora_;
+  DenseMatrix zeros_;
+  MoraUpdate mora_;
 };
 
 class FixedAdapter : public Adapter {
  public:
-  explicit FixedAdapter(std::shared_ptr<const ops::Update> update) : update_(std::move(update)) {}
-  std::shared_ptr<const ops::Update> update(const ops::Dropout&) const override { return update_; }
+  explicit FixedAdapter(std::shared_ptr<const Update> update) : update_(std::move(update)) {}
+  std::shared_ptr<const Update> update(const ops::Dropout&) const override { return update_; }
   double dropout() const override { return 0; }
 
  private:
-  std::shared_ptr<const ops::Update> update_;
+  std::shared_ptr<const Update> update_;
 };
 
 TEST(Mutants, MoraPaddingThatDoesNotWrapAround) {
   for (const auto& [type, grouping] : {std::pair{1, ops::Grouping::modulo}, std::pair{6, ops::Grouping::rotate}}) {
     Combination mora = plain("mora");
-    mora.variant.config.mora_type = type;
+    mora.variant.config.options.edit<MoraConfig>().type = type;
     Layers layers(nullptr, 1, mora, at::kFloat);
     const Parts p = parts_of(layers);
     randomise(p);
@@ -270,6 +251,43 @@ TEST(Mutants, AGradientOffByAMillionth) {
   EXPECT_LT(deviation(slope), kGradient);
   EXPECT_GT(deviation(slope * (1 + 1e-6)), kGradient);
   EXPECT_GT(deviation(slope * 0), 1) << "no gradient at all";
+}
+
+using Collectives = std::function<void(Communicator&)>;
+
+/// Calls collectives of its own beside those of the method, on the ranks that are told to.
+class Beside : public Altered {
+ public:
+  using Altered::Altered;
+  void add_gradients(int64_t step, const Mesh& mesh) override {
+    if (own) own(mesh.tp());
+    Altered::add_gradients(step, mesh);
+  }
+  Collectives own;
+};
+
+/// Why a step of a method with collectives of its own came to nothing; "" if it did not.
+std::string refusal_beside(const Collectives& own) {
+  TinyRun run(&test_world(), ranks(), plain("lora"));
+  alter<Beside>(run).own = own;
+  try {
+    run.train(1);
+  } catch (const DisagreeError& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Mutants, CollectivesThatNotAllRanksCall) {
+  const bool first = test_world().rank() == 0;
+  const auto sum_for = [](Purpose purpose) {
+    return Collectives([purpose](Communicator& tp) { tp.all_reduce(at::ones({3}), ReduceOp::sum, purpose); });
+  };
+  EXPECT_EQ(refusal_beside(sum_for(Purpose::adapter_statistics)), "");
+  const std::string alone = refusal_beside(first ? sum_for(Purpose::adapter_statistics) : nullptr);
+  EXPECT_NE(alone.find("differ in type, number of elements, purpose."), std::string::npos) << alone;
+  const std::string other = refusal_beside(sum_for(first ? Purpose::adapter_statistics : Purpose::gradient_norm));
+  EXPECT_NE(other.find("differ in purpose."), std::string::npos) << other;
 }
 
 TEST(Mutants, ABaseWeightThatMoves) {

@@ -7,12 +7,14 @@
 #include "data/file.h"
 #include "data/safetensors.h"
 #include "tests/golden_case.h"
-#include "trainer/generation.h"
-#include "trainer/ops/dora.h"
+#include "trainer/files/peft_config.h"
+#include "trainer/methods/diagonal_update.h"
+#include "trainer/methods/dora_update.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/ops/gram.h"
-#include "trainer/ops/low_rank.h"
 #include "trainer/ops/svd.h"
-#include "trainer/quant/frozen_weight.h"
+#include "trainer/run/generation.h"
+#include "trainer/weights/frozen_weight.h"
 
 // Rows of methods 13 that no whole model shows: one layer of PEFT, formats by their formulas, groups of LoRA+. The
 // number of a suite is the row's. Rows 2, 8, 9, 11, 15 and 17 are in golden_test.
@@ -23,30 +25,26 @@ using nlohmann::json;
 
 // ---- One layer
 
-struct Fixed : ops::Matrix {
-  explicit Fixed(at::Tensor w) : w_OI(std::move(w)) {}
-  at::Tensor dense_OI() const override { return w_OI; }
-  at::Tensor w_OI;
-};
-
 struct Results {
   at::Tensor y, dx;
   std::vector<at::Tensor> leaves;  ///< gradients, in the order of the update's leaves
 };
 
-Results run(const ops::Update& update, const at::Tensor& x, const at::Tensor& g, const ops::Matrix& w,
-            const at::Tensor& bias) {
+Results run(const Update& update, const at::Tensor& x, const at::Tensor& g, const Matrix& w, const at::Tensor& bias) {
   Results r;
   std::vector<at::Tensor> saved;
   r.y = update.forward(x, w, bias, saved);
-  r.leaves = update.backward(g, x, w, saved, /*needs_dx=*/true, r.dx);
+  for (const at::Tensor& leaf : update.leaves()) leaf.mutable_grad() = at::Tensor();
+  r.dx = at::empty_like(x);
+  update.backward(g, x, w, saved, {r.dx, Write::over});
+  for (const at::Tensor& leaf : update.leaves()) r.leaves.push_back(leaf.grad());
   return r;
 }
 
 /// n [O] of one linear.
-at::Tensor row_norms(const at::Tensor& w_OI, const ops::LowRank& factors) {
-  const Fixed w(w_OI);
-  return ops::squared_row_norms(ops::squared_row_norms(w_OI, at::kFloat).unsqueeze(0), {&w}, {factors})[0].sqrt();
+at::Tensor row_norms(const at::Tensor& w_OI, const LowRank& factors) {
+  const DenseMatrix w(w_OI);
+  return squared_row_norms(squared_row_norms(w_OI, at::kFloat).unsqueeze(0), {&w}, {factors})[0].sqrt();
 }
 
 /// tests/golden/methods/single_layers: x, W, b, g in the compute dtype, adapter in float32.
@@ -59,17 +57,17 @@ class Layer : public testing::Test {
   ops::Weight trained(const std::string& name) const { return {base(name), read(name)}; }
   double scalar(const char* name) const { return scalars_[name].get<double>(); }
   double scale() const { return scalar("alpha") / scalar("r"); }
-  Fixed w() const { return Fixed(base("W")); }
+  DenseMatrix w() const { return DenseMatrix(base("W")); }
 
-  ops::LowRank lora(const ops::Dropout& dropout = {}) const { return {trained("A"), trained("B"), scale(), dropout}; }
-  ops::DiagonalUpdate adalora() const {
+  LowRank lora(const ops::Dropout& dropout = {}) const { return {trained("A"), trained("B"), scale(), dropout}; }
+  DiagonalUpdate adalora() const {
     return {{trained("A"), trained("B"), scalar("adalora_alpha") / (scalar("r") + 1e-5), {}}, trained("E")};
   }
-  ops::MagnitudeScale magnitudes() const {
+  MagnitudeScale magnitudes() const {
     const at::Tensor n_O = row_norms(base("W"), lora()), m_O = read("m");
     return {m_O, m_O / n_O, n_O.reciprocal(), m_O.reciprocal()};
   }
-  Results run_layer(const ops::Update& update) const { return run(update, base("x"), base("g"), w(), base("b")); }
+  Results run_layer(const Update& update) const { return run(update, base("x"), base("g"), w(), base("b")); }
 
   /// Against y, dx and the gradients of `names` of PEFT's layer `prefix`.
   void expect_parity(const Results& r, const std::string& prefix, const std::vector<std::string>& names, double forward,
@@ -101,9 +99,7 @@ using Row03BFloat16 = BFloat16Layer;
 using Row05BFloat16 = BFloat16Layer;
 using Row07BFloat16 = BFloat16Layer;
 
-TEST_F(Row03, AndRow04LoraLayer) {
-  expect_parity(run_layer(ops::LowRankUpdate(lora())), "lora", {"A", "B"}, 2e-6, 5e-6);
-}
+TEST_F(Row03, AndRow04LoraLayer) { expect_parity(run_layer(LowRankUpdate(lora())), "lora", {"A", "B"}, 2e-6, 5e-6); }
 
 TEST(Row01, Scalings) {
   const SafetensorsFile file(golden("single_layer.safetensors"));
@@ -123,8 +119,8 @@ TEST_F(Row03, AndRow04LoraAndRsLora) {
   const SafetensorsFile file(golden("single_layer.safetensors"));
   const auto value = [&](const std::string& name) { return file.read(name); };
   for (const auto& [prefix, scale] : {std::pair{"", 2.0}, std::pair{"rslora.", 16 / std::sqrt(8.0)}}) {
-    const ops::LowRankUpdate update({{value("A"), value("A")}, {value("B"), value("B")}, scale, {}});
-    const Results r = run(update, value("x"), value("g"), Fixed(value("W")), {});
+    const LowRankUpdate update({{value("A"), value("A")}, {value("B"), value("B")}, scale, {}});
+    const Results r = run(update, value("x"), value("g"), DenseMatrix(value("W")), {});
     const std::string of = prefix;
     EXPECT_LT(relative_error(r.y, value(of + "y")), 2e-6) << of;
     EXPECT_LT(relative_error(r.leaves[0], value(of + "dA")), 5e-6) << of;
@@ -134,23 +130,23 @@ TEST_F(Row03, AndRow04LoraAndRsLora) {
 }
 
 TEST_F(Row04, AWrongFactorIsSeen) {
-  ops::LowRank factors = lora();
+  LowRank factors = lora();
   factors.scale *= 1.0001;
-  const Results r = run_layer(ops::LowRankUpdate(factors));
+  const Results r = run_layer(LowRankUpdate(factors));
   EXPECT_GT(relative_error(r.y, read("lora.y")), 2e-6);
   EXPECT_GT(relative_error(r.leaves[0], read("lora.dA")), 5e-6);
 }
 
 TEST_F(Row03BFloat16, AndRow04LoraLayer) {
-  expect_parity(run_layer(ops::LowRankUpdate(lora())), "bf16.lora", {"A", "B"}, 4e-3, 5e-3);
+  expect_parity(run_layer(LowRankUpdate(lora())), "bf16.lora", {"A", "B"}, 4e-3, 5e-3);
 }
 
 TEST_F(Row05, DoraLayer) {
-  expect_parity(run_layer(ops::DoraUpdate(lora(), magnitudes())), "dora", {"A", "B", "m"}, 5e-6, 5e-6);
+  expect_parity(run_layer(DoraUpdate(lora(), magnitudes())), "dora", {"A", "B", "m"}, 5e-6, 5e-6);
 }
 
 TEST_F(Row05BFloat16, DoraLayer) {
-  expect_parity(run_layer(ops::DoraUpdate(lora(), magnitudes())), "bf16.dora", {"A", "B", "m"}, 6e-3, 6e-3);
+  expect_parity(run_layer(DoraUpdate(lora(), magnitudes())), "bf16.dora", {"A", "B", "m"}, 6e-3, 6e-3);
 }
 
 // Masks are drawn inside the op, so PEFT's cannot be given to it. Instead: a layer with dropout is put together from
@@ -159,7 +155,7 @@ TEST_F(Row05BFloat16, DoraLayer) {
 class Masked : public Layer {
  protected:
   /// `scaled_mask_NI`: mask / (1 - p). The base term reads x, all else the dropped x.
-  Results composed(const ops::Update& update, const at::Tensor& scaled_mask_NI) const {
+  Results composed(const Update& update, const at::Tensor& scaled_mask_NI) const {
     const at::Tensor x = base("x"), g = base("g"), w_OI = base("W"), dropped = x * scaled_mask_NI;
     Results r = run(update, dropped, g, w(), base("b"));
     r.y = r.y + at::mm(x - dropped, w_OI.t());
@@ -179,15 +175,15 @@ class Masked : public Layer {
 using Row05Masked = Masked;
 
 TEST_F(Row05Masked, LoraLayer) {
-  const ops::LowRankUpdate plain(lora());
+  const LowRankUpdate plain(lora());
   expect_parity(composed(plain, given_mask()), "lora_dropout", {"A", "B"}, 5e-6, 5e-6);
-  expect_same(run_layer(ops::LowRankUpdate(lora(drawn()))), composed(plain, drawn_mask()));
+  expect_same(run_layer(LowRankUpdate(lora(drawn()))), composed(plain, drawn_mask()));
 }
 
 TEST_F(Row05Masked, DoraLayer) {
-  const ops::DoraUpdate plain(lora(), magnitudes());
+  const DoraUpdate plain(lora(), magnitudes());
   expect_parity(composed(plain, given_mask()), "dora_dropout", {"A", "B", "m"}, 5e-6, 5e-6);
-  expect_same(run_layer(ops::DoraUpdate(lora(drawn()), magnitudes())), composed(plain, drawn_mask()));
+  expect_same(run_layer(DoraUpdate(lora(drawn()), magnitudes())), composed(plain, drawn_mask()));
 }
 
 /// How many steps of bfloat16 apart, at most.
@@ -243,7 +239,7 @@ TEST_F(Row14, MergedWeights) {
     config.method = method;
     config.r = scalars_["r"];
     config.lora_alpha = scalar(method == "adalora" ? "adalora_alpha" : "alpha");
-    config.adalora.init_r = scalars_["r"];
+    config.options.edit<AdaLoraConfig>().init_r = scalars_["r"];
     const bool bare = method == "adalora";
     const ModuleTensors tensors{{bare ? ".lora_A" : ".lora_A.weight", read("A")},
                                 {bare ? ".lora_B" : ".lora_B.weight", read("B")},
@@ -397,7 +393,7 @@ TEST_F(Row13, QloraLayer) {
   const auto weight = make_frozen_weight({"nf4", true, at::kFloat, at::kCPU}, stored, {});
   const at::Tensor dequantised = ops::nf4_dequantise(ops::nf4_quantise(w, true), at::kDouble);
   EXPECT_GT(relative_error(dequantised, w), 1e-2);
-  const Results r = run(ops::LowRankUpdate(lora()), read("x"), read("g"), *weight, read("b"));
+  const Results r = run(LowRankUpdate(lora()), read("x"), read("g"), *weight, read("b"));
   const auto wide = [&](const char* name) { return read(name).to(at::kDouble); };
   const at::Tensor x = wide("x"), g = wide("g"), a = wide("A"), b = wide("B"), du = at::mm(g, b) * scale();
   EXPECT_LT(relative_error(r.y, at::mm(x, (dequantised + at::mm(b, a) * scale()).t()) + wide("b")), 5e-6);

@@ -1,4 +1,4 @@
-#include "trainer/adapter/pattern.h"
+#include "trainer/methods/pattern.h"
 
 #include <chrono>
 #include <functional>

@@ -4,7 +4,7 @@
 #include "data/file.h"
 #include "data/safetensors.h"
 #include "tests/support.h"
-#include "trainer/generation.h"
+#include "trainer/run/generation.h"
 
 // SmolLM2-135M-Instruct against transformers and PEFT, float32. CORANK_SMOLLM2 names the folder that data/import_gguf
 // made (launch/test does); without it these tests fail.

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "trainer/ops/cuda.h"
+#include "trainer/ops/matmul.h"
 
 namespace corank::ops {
 namespace {
@@ -69,65 +70,9 @@ at::Tensor rotate_blocks(const at::Tensor& x_NBR, const Rotation& by, int direct
 
 bool has_mora_kernel(const at::Tensor& x) { return x.is_cuda() && cuda::has_kernel(x); }
 
-/// [N, R], or [N, blocks, R]. The kernels make rows of the matrix's width, see padded_square().
-at::Tensor compressed(const at::Tensor& x_NL, const Mora& s) {
-  if (has_mora_kernel(x_NL)) return cuda::mora_compress(x_NL, s);
-  const int64_t r = s.side();
-  if (s.compress != Grouping::rotate) return sum_groups(x_NL, s.in, s.compress, r, /*wrap=*/true);
-  const at::Tensor placed = place(x_NL, s.in, blocks_of(s.in.size, r) * r, /*wrap=*/true);
-  return rotate_blocks(placed.narrow(1, 0, s.blocks() * r).unflatten(1, {-1, r}), s.rotation, 1);
-}
-
 /// Outputs p of all ranks read value p mod `period`.
 at::Tensor repeated(const at::Tensor& z_NP, const Extent& out) {
   return z_NP.repeat({1, blocks_of(out.size, z_NP.size(1))}).narrow(1, out.start, out.length);
-}
-
-void add_decompressed(at::Tensor& y_NL, const at::Tensor& z, const Mora& s) {
-  if (has_mora_kernel(y_NL)) return cuda::mora_add_decompressed(y_NL, z, s);
-  y_NL.add_(s.decompress == Grouping::rotate ? repeated(z.flatten(1), s.out)
-                                             : spread_groups(z, s.out, s.decompress, /*wrap=*/false));
-}
-
-/// The adjoint of decompressing.
-at::Tensor gathered(const at::Tensor& g_NL, const at::Tensor& like, const Mora& s) {
-  if (has_mora_kernel(g_NL)) return cuda::mora_gather(g_NL, s);
-  if (s.decompress != Grouping::rotate) return sum_groups(g_NL, s.out, s.decompress, like.size(1), /*wrap=*/false);
-  const int64_t period = like.size(1) * like.size(2);
-  return sum_groups(g_NL, s.out, Grouping::modulo, period, /*wrap=*/false).view_as(like);
-}
-
-/// The adjoint of compressing.
-void add_expanded(at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s) {
-  if (has_mora_kernel(dx_NL)) return cuda::mora_add_expanded(dx_NL, dc, s);
-  if (s.compress != Grouping::rotate) {
-    dx_NL.add_(spread_groups(dc, s.in, s.compress, /*wrap=*/true));
-    return;
-  }
-  const int64_t unused = blocks_of(s.in.size, s.side()) - s.blocks();
-  const at::Tensor all = at::constant_pad_nd(rotate_blocks(dc, s.rotation, -1).flatten(1), {0, unused * s.side()});
-  dx_NL.add_(unplace(all, s.in, /*wrap=*/true));
-}
-
-/// The matrix with zeros up to the width of compressed rows, see cuda::mora_compress.
-at::Tensor padded_square(const at::Tensor& m_RR) {
-  const int64_t missing = has_mora_kernel(m_RR) ? (8 - m_RR.size(0) % 8) % 8 : 0;
-  return missing == 0 ? m_RR : at::constant_pad_nd(m_RR, {0, missing, 0, missing});
-}
-
-/// Each row of c, in all its blocks, through `m`.
-at::Tensor through(const at::Tensor& c, const at::Tensor& m) { return at::mm(c.flatten(0, -2), m).view(c.sizes()); }
-
-/// dz^T c in M's dtype. On matrix units over parts of the rows and then summed: one product of so many rows and so
-/// small a result leaves most of a GPU idle.
-at::Tensor square_gradient(const at::Tensor& dz, const at::Tensor& c, at::ScalarType dtype) {
-  const at::Tensor dz_XP = dz.flatten(0, -2), c_XP = c.flatten(0, -2);
-  const int64_t rows = c_XP.size(0), pitch = c_XP.size(1);
-  int64_t parts = cuda::on_matrix_units(c) ? std::max<int64_t>(1, rows / kRowsOfPart) : 1;
-  while (rows % parts != 0) --parts;
-  if (parts == 1) return matmul_to(dz_XP.t(), c_XP, dtype);
-  const std::vector<int64_t> split{parts, rows / parts, pitch};
-  return at::bmm(dz_XP.view(split).transpose(1, 2), c_XP.view(split), dtype).sum(0);
 }
 
 /// The group of one of `size` features; see Grouping.
@@ -188,35 +133,57 @@ Rotation rotation_of(int64_t r, int64_t in, int64_t out, const at::TensorOptions
   return {angles.cos().to(options.dtype()), angles.sin().to(options.dtype())};
 }
 
-MoraUpdate::MoraUpdate(Mora square) : s_(std::move(square)), padded_(padded_square(s_.m_RR.value)) {}
-
-at::Tensor MoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
-                               std::vector<at::Tensor>& saved) const {
-  const at::Tensor c = compressed(ops::dropout(x_NI, s_.dropout), s_);
-  saved.push_back(c);
-  at::Tensor y_NO = affine(x_NI, w.dense_OI(), bias_O);
-  add_decompressed(y_NO, through(c, padded_.t()), s_);
-  return y_NO;
+at::Tensor mora_compress(const at::Tensor& x_NL, const Mora& s) {
+  if (has_mora_kernel(x_NL)) return cuda::mora_compress(x_NL, s);
+  const int64_t r = s.side();
+  if (s.compress != Grouping::rotate) return sum_groups(x_NL, s.in, s.compress, r, /*wrap=*/true);
+  const at::Tensor placed = place(x_NL, s.in, blocks_of(s.in.size, r) * r, /*wrap=*/true);
+  return rotate_blocks(placed.narrow(1, 0, s.blocks() * r).unflatten(1, {-1, r}), s.rotation, 1);
 }
 
-std::vector<at::Tensor> MoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
-                                             const std::vector<at::Tensor>& saved, bool needs_dx,
-                                             at::Tensor& dx_NI) const {
-  const at::Tensor& c = saved[0];
-  const at::Tensor dz = gathered(g_NO, c, s_);
-  const at::Tensor dm = square_gradient(dz, c, s_.m_RR.leaf.scalar_type());
-  const at::Tensor dm_RR = dm.narrow(0, 0, s_.side()).narrow(1, 0, s_.side());
-  if (!needs_dx) return {dm_RR};
-  add_product(dx_NI, g_NO, w.dense_OI());
-  const at::Tensor dc = through(dz, padded_);
-  if (!s_.dropout.active()) {
-    add_expanded(dx_NI, dc, s_);
-  } else {
-    at::Tensor behind_NI = at::zeros_like(x_NI);
-    add_expanded(behind_NI, dc, s_);
-    dx_NI.add_(dropout(behind_NI, s_.dropout));
+void mora_add_decompressed(at::Tensor& y_NL, const at::Tensor& z, const Mora& s) {
+  if (has_mora_kernel(y_NL)) return cuda::mora_add_decompressed(y_NL, z, s);
+  y_NL.add_(s.decompress == Grouping::rotate ? repeated(z.flatten(1), s.out)
+                                             : spread_groups(z, s.out, s.decompress, /*wrap=*/false));
+}
+
+at::Tensor mora_gather(const at::Tensor& g_NL, const at::Tensor& like, const Mora& s) {
+  if (has_mora_kernel(g_NL)) return cuda::mora_gather(g_NL, s);
+  if (s.decompress != Grouping::rotate) return sum_groups(g_NL, s.out, s.decompress, like.size(1), /*wrap=*/false);
+  const int64_t period = like.size(1) * like.size(2);
+  return sum_groups(g_NL, s.out, Grouping::modulo, period, /*wrap=*/false).view_as(like);
+}
+
+void mora_add_expanded(at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s) {
+  if (has_mora_kernel(dx_NL)) return cuda::mora_add_expanded(dx_NL, dc, s);
+  if (s.compress != Grouping::rotate) {
+    dx_NL.add_(spread_groups(dc, s.in, s.compress, /*wrap=*/true));
+    return;
   }
-  return {dm_RR};
+  const int64_t unused = blocks_of(s.in.size, s.side()) - s.blocks();
+  const at::Tensor all = at::constant_pad_nd(rotate_blocks(dc, s.rotation, -1).flatten(1), {0, unused * s.side()});
+  dx_NL.add_(unplace(all, s.in, /*wrap=*/true));
+}
+
+at::Tensor mora_padded(const at::Tensor& m_RR) {
+  const int64_t missing = has_mora_kernel(m_RR) ? (8 - m_RR.size(0) % 8) % 8 : 0;
+  return missing == 0 ? m_RR : at::constant_pad_nd(m_RR, {0, missing, 0, missing});
+}
+
+at::Tensor mora_through(const at::Tensor& c, const at::Tensor& m) {
+  return at::mm(c.flatten(0, -2), m).view(c.sizes());
+}
+
+// On matrix units over parts of the rows and then summed: one product of so many rows and so small a result leaves
+// most of a GPU idle.
+at::Tensor mora_square_gradient(const at::Tensor& dz, const at::Tensor& c, at::ScalarType dtype) {
+  const at::Tensor dz_XP = dz.flatten(0, -2), c_XP = c.flatten(0, -2);
+  const int64_t rows = c_XP.size(0), pitch = c_XP.size(1);
+  int64_t parts = cuda::on_matrix_units(c) ? std::max<int64_t>(1, rows / kRowsOfPart) : 1;
+  while (rows % parts != 0) --parts;
+  if (parts == 1) return matmul_to(dz_XP.t(), c_XP, dtype);
+  const std::vector<int64_t> split{parts, rows / parts, pitch};
+  return at::bmm(dz_XP.view(split).transpose(1, 2), c_XP.view(split), dtype).sum(0);
 }
 
 at::Tensor mora_delta(const at::Tensor& m_RR, Grouping compress, Grouping decompress, int64_t in, int64_t out) {

@@ -1,6 +1,6 @@
 #pragma once
 #include "trainer/ops/dropout.h"
-#include "trainer/ops/update.h"
+#include "trainer/ops/weight.h"
 
 // Legend: N tokens, I in, O out (full sizes), L this rank's part of them, R side of the square matrix.
 namespace corank::ops {
@@ -38,22 +38,20 @@ struct Mora {
 /// authors' program has them.
 Rotation rotation_of(int64_t r, int64_t in, int64_t out, const at::TensorOptions& options);
 
-/// y = x W^T + decompress(compress(drop(x)) M^T). Leaf M. Saved: the compressed input [N, R] (rotate: [N, blocks, R]).
-/// Tensor parallel (methods 10.4): global indices, M replicated, its gradient a partial sum.
-class MoraUpdate : public Update {
- public:
-  explicit MoraUpdate(Mora square);
-  std::vector<at::Tensor> leaves() const override { return {s_.m_RR.leaf}; }
-  at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
-                     std::vector<at::Tensor>& saved) const override;
-  std::vector<at::Tensor> backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
-                                   const std::vector<at::Tensor>& saved, bool needs_dx,
-                                   at::Tensor& dx_NI) const override;
-
- private:
-  Mora s_;
-  at::Tensor padded_;  ///< the matrix with zeros up to the width of compressed rows
-};
+/// The maps of MoRA and their adjoints; x, y, g, dx are [N, this rank's features]. Compressed rows c, z and their
+/// gradients are [N, R], or [N, blocks, R] with `rotate`; on CUDA R is filled up with zeros to a multiple of 8.
+at::Tensor mora_compress(const at::Tensor& x_NL, const Mora& s);
+void mora_add_decompressed(at::Tensor& y_NL, const at::Tensor& z, const Mora& s);
+/// The adjoint of decompressing; `like`: a compressed row of the same pass.
+at::Tensor mora_gather(const at::Tensor& g_NL, const at::Tensor& like, const Mora& s);
+/// The adjoint of compressing.
+void mora_add_expanded(at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s);
+/// The matrix with zeros up to the width of compressed rows.
+at::Tensor mora_padded(const at::Tensor& m_RR);
+/// Each row of c, in all its blocks, through `m`.
+at::Tensor mora_through(const at::Tensor& c, const at::Tensor& m);
+/// dz^T c in `dtype`.
+at::Tensor mora_square_gradient(const at::Tensor& dz, const at::Tensor& c, at::ScalarType dtype);
 
 /// The update as a dense [O, I] matrix, from the index formulas: the twin in tests, and what merging adds.
 at::Tensor mora_delta(const at::Tensor& m_RR, Grouping compress, Grouping decompress, int64_t in, int64_t out);

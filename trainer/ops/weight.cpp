@@ -2,10 +2,12 @@
 
 namespace corank::ops {
 
-at::Tensor matmul_to(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
-  if (a.scalar_type() == dtype) return at::mm(a, b);
-  if (a.is_cuda() && dtype == at::kFloat) return at::mm(a, b, dtype);
-  return at::mm(a, b).to(dtype);
+void add_gradient(const at::Tensor& leaf, const at::Tensor& gradient) {
+  if (leaf.grad().defined()) {
+    leaf.grad().add_(gradient);
+  } else {
+    leaf.mutable_grad() = gradient;
+  }
 }
 
 }  // namespace corank::ops

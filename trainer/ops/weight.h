@@ -16,20 +16,13 @@ struct Weight {
   bool trains() const { return leaf.defined(); }
 };
 
+/// Adds to the gradient of a leaf, in its dtype: in place, where a store's flat buffer holds it. Backward passes of our
+/// own nodes call it and hand autograd nothing.
+void add_gradient(const at::Tensor& leaf, const at::Tensor& gradient);
+
 /// torch::autograd::Function takes a tensor that may be undefined only as an optional.
 inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
 }
-
-/// A [O, I] matrix that can show itself in the compute dtype. Quantised formats build the dense form on each call, in
-/// forward and again in backward, so that nothing of size [O, I] is kept between them.
-class Matrix {
- public:
-  virtual ~Matrix() = default;
-  virtual at::Tensor dense_OI() const = 0;
-};
-
-/// a @ b with the result in `dtype`, accumulated and rounded once where the device can (CUDA: bfloat16 -> float32).
-at::Tensor matmul_to(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype);
 
 }  // namespace corank::ops

@@ -1,0 +1,139 @@
+#include "trainer/run/checkpoint.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <set>
+
+#include "comm/agree.h"
+#include "data/file.h"
+#include "data/h5.h"
+
+namespace corank {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kStateFormat = "corank-state";
+
+using StateTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+std::string state_image(const TrainingState& state, const std::string& identity,
+                        const std::vector<std::pair<std::string, StateTensors>>& groups) {
+  h5::Writer file;
+  file.attribute("format", kStateFormat);
+  file.attribute("version", int64_t{1});
+  file.attribute("identity", identity);
+  file.attribute("step", state.step);
+  file.attribute("epoch", state.loader.epoch);
+  file.attribute("sequence", state.loader.sequence);
+  for (const auto& [group, tensors] : groups) {
+    for (const auto& [name, tensor] : tensors) file.write(group + "/" + name, tensor);
+  }
+  return file.finish();
+}
+
+Manifest::File describe(const std::string& name, const std::string& bytes) {
+  return {name, static_cast<int64_t>(bytes.size()), sha256(bytes)};
+}
+
+}  // namespace
+
+Checkpoints::Checkpoints(std::string folder, RunIdentity identity, Retention retention, const Mesh& mesh,
+                         ParameterStore& store, Optimizer& optimizer, AdapterMethod& method)
+    : folder_(std::move(folder)),
+      identity_(std::move(identity)),
+      retention_(std::move(retention)),
+      mesh_(mesh),
+      store_(store),
+      optimizer_(optimizer),
+      method_(method) {}
+
+void Checkpoints::save(const TrainingState& state) {
+  // Every tensor-parallel group gathers: simpler than choosing one, and all ranks make the same calls.
+  const SavedAdapter adapter = collect_adapter(store_, method_, identity_, mesh_.tp());
+  std::vector<std::pair<std::string, StateTensors>> groups;
+  for (const auto& [group, flat] : state_buffers()) groups.emplace_back(group, store_.gather(flat, mesh_.tp()));
+  on_rank_0(mesh_.world(), [&] {
+    const std::string path = free_checkpoint_path(folder_, state.step);
+    try {
+      write(path, state.step, adapter_h5_image(adapter), state_image(state, identity_.hash, groups));
+    } catch (...) {
+      std::error_code ignored;
+      fs::remove_all(path, ignored);  // nothing half-written stays, e.g. on a full disk
+      throw;
+    }
+    prune_checkpoints(folder_, identity_.hash, retention_, state.step);
+  });
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Checkpoints::state_buffers() {
+  std::vector<std::pair<std::string, at::Tensor>> buffers = method_.state();
+  buffers.emplace_back("exp_avg", optimizer_.exp_avg());
+  buffers.emplace_back("exp_avg_sq", optimizer_.exp_avg_sq());
+  return buffers;
+}
+
+void Checkpoints::write(const std::string& path, int64_t step, const std::string& adapter,
+                        const std::string& moments) const {
+  make_folders(path);
+  write_file_atomically(path + "/adapter.h5", adapter);
+  write_file_atomically(path + "/state.h5", moments);
+  const Manifest manifest{step, identity_.hash, {describe("adapter.h5", adapter), describe("state.h5", moments)}};
+  write_file_atomically(path + "/manifest.json", manifest_json(manifest, identity_.base_model, identity_.libraries));
+  sync_folder(folder_);
+  std::string why;
+  if (!verify_checkpoint(path, why)) throw StorageError(path + ": " + why + " right after it was written.");
+}
+
+std::optional<std::string> Checkpoints::newest() {
+  std::string found;
+  on_rank_0(mesh_.world(),
+            [&] { found = newest_checkpoint(folder_, identity_.hash, passed_over_).value_or(std::string()); });
+  found = broadcast_text(mesh_.world(), found);
+  return found.empty() ? std::nullopt : std::optional(found);
+}
+
+TrainingState Checkpoints::load(const std::string& path) {
+  require_checkpoint(path, identity_.hash);
+  const h5::Reader adapter(path + "/adapter.h5");
+  std::set<std::string> own;
+  for (const auto& p : store_.parameters()) {
+    store_.load(p.spec.name, adapter.read(p.spec.name));
+    own.insert(p.spec.name);
+  }
+  store_.refresh();
+  StateTensors extra;
+  for (const std::string& path_in_file : adapter.names()) {
+    const std::string name = path_in_file.substr(path_in_file.find_first_not_of('/'));
+    if (!own.count(name)) extra.emplace_back(name, adapter.read(name));
+  }
+  method_.take_extra(extra);
+  const h5::Reader file(path + "/state.h5");
+  const auto restore = [&](const std::string& group, const at::Tensor& flat) {
+    for (const auto& p : store_.parameters()) {
+      const at::Tensor full = file.read(group + "/" + p.spec.name);
+      require_shape(p.spec, full);
+      flat.narrow(0, p.begin, p.master.numel()).view(p.master.sizes()).copy_(take_shard(full, p.spec.shard));
+    }
+  };
+  for (const auto& [group, flat] : state_buffers()) restore(group, flat);
+  method_.begin(mesh_);
+  return {file.attribute_int("step"), {file.attribute_int("epoch"), file.attribute_int("sequence")}};
+}
+
+std::vector<std::string> Checkpoints::start_at(int64_t step) {
+  std::vector<std::string> lines;
+  on_rank_0(mesh_.world(), [&] { lines = set_aside_beyond(folder_, step); });
+  return lines;
+}
+
+SavedAdapter collect_adapter(const ParameterStore& store, const AdapterMethod& method, const RunIdentity& identity,
+                             Communicator& tp) {
+  SavedAdapter file{identity.adapter, identity.base_model, store.gather(store.masters(), tp)};
+  for (auto& entry : method.extra_tensors(tp)) file.tensors.push_back(std::move(entry));
+  return file;
+}
+
+}  // namespace corank

@@ -1,0 +1,83 @@
+#include "trainer/run/metrics.h"
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "configs/error.h"
+#include "data/file.h"
+#include "data/json_object.h"
+
+namespace corank {
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr int64_t kMaxBytes = int64_t{1} << 30;
+
+class MetricsFile : public Observer {
+ public:
+  MetricsFile(const std::string& path, int64_t resume_step) : path_(path) {
+    const std::string kept = records_until(resume_step);
+    write_file_atomically(path, kept);
+    stream_.open(path, std::ios::app);
+  }
+
+  void on_step(const StepRecord& record) override {
+    stream_ << to_json(record) << std::endl;
+    if (!stream_) throw StorageError(path_ + ": cannot append; is the disk full?");
+  }
+
+ private:
+  std::string records_until(int64_t step) const {
+    if (!std::filesystem::exists(path_)) return "";
+    std::istringstream old(read_file(path_, kMaxBytes));
+    std::string kept, line;
+    while (std::getline(old, line)) {
+      if (step_of(line) <= step) kept += line + "\n";
+    }
+    return kept;
+  }
+
+  /// Beyond every step for what is no record, such as the half line that a kill leaves.
+  static int64_t step_of(const std::string& line) {
+    try {
+      return JsonObject(line, "a record").get<int64_t>("step");
+    } catch (const InputError&) {
+      return INT64_MAX;
+    }
+  }
+
+  std::string path_;
+  std::ofstream stream_;
+};
+
+}  // namespace
+
+std::string to_json(const StepRecord& r) {
+  ordered_json bytes = ordered_json::object();
+  for (int p = 0; p < kNumPurposes; ++p) {
+    const Traffic& traffic = r.bytes[p];
+    if (traffic.calls > 0) bytes[std::string(name(static_cast<Purpose>(p)))] = traffic.payload_bytes;
+  }
+  ordered_json record{{"step", r.step},
+                      {"epoch", r.epoch},
+                      {"loss", r.loss},
+                      {"grad_norm", r.grad_norm},
+                      {"learning_rate", r.learning_rate},
+                      {"target_tokens", r.target_tokens},
+                      {"tokens_per_second", r.tokens_per_second},
+                      {"step_seconds", r.step_seconds},
+                      {"peak_memory_bytes", r.peak_memory_bytes},
+                      {"bytes", bytes}};
+  if (r.eval_loss) record["eval_loss"] = *r.eval_loss;
+  if (r.eval_accuracy) record["eval_accuracy"] = *r.eval_accuracy;
+  return record.dump();
+}
+
+std::unique_ptr<Observer> metrics_file(const std::string& path, int64_t resume_step) {
+  return std::make_unique<MetricsFile>(path, resume_step);
+}
+
+}  // namespace corank

@@ -1,0 +1,39 @@
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "comm/mesh.h"
+#include "trainer/methods/methods.h"
+#include "trainer/models/families.h"
+
+namespace corank {
+
+/// What decides the bytes of a step, known before anything is built.
+struct TrafficShape {
+  int64_t hidden = 0, vocab = 0, layers = 0;
+  std::vector<LinearSize> linears;
+  struct Other {
+    WeightRole role = WeightRole::norm;
+    int64_t elements = 0;  ///< of one rank
+    GradientScope scope = GradientScope::data;
+    bool saved = false;  ///< trains beside the adapter (modules_to_save)
+  };
+  std::vector<Other> others;
+};
+TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter);
+
+/// One micro-batch of a rank, as far as bytes go.
+struct BatchSize {
+  int64_t tokens = 0, targets = 0;
+};
+
+/// Bytes that one rank hands to collectives in one optimizer step, by purpose, from formulas alone (methods 11.1;
+/// README, "Bytes"): never from counters. e = bytes of an activation. tensor_activations of a micro-batch of N tokens:
+/// N D e for the embedding, 2 N D e a layer forward, as much backward (less one where nothing below the first layer
+/// trains), what recomputation repeats, and M D e for the loss.
+std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
+                                              int data, int activation_bytes, Checkpointing checkpointing,
+                                              const std::vector<BatchSize>& micro_batches, int64_t step = 1);
+
+}  // namespace corank
