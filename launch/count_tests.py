@@ -19,8 +19,7 @@ METHODS = (*table("methods/methods.cpp", r"&(\w+)_method\(\)"), "rslora")  # LoR
 OTHER = "other"  # what is about none of them
 FORMATS = tuple(name for name in table("weights/formats.cpp", r'\{"(\w+)", make_\w+_weight\}') if name != "none")
 COLUMNS = ("parity", "conformance", *(f"on {name}" for name in FORMATS), "mutants", "layouts", "resume")
-PROGRAMS = {"golden_test": "parity", "parity_test": "parity", "merge_test": "parity",
-            "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}
+PROGRAMS = {"parity_test": "parity", "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}
 SUITES = {"Topology": "layouts", "Resume": "resume"}  # of topology_cases.h: LoRA where a case names no method
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "data"), str(ROOT / "launch")]
 
+from compile_flags import wrong_flags
 from count_tests import MethodCounts, column_of, method_of
 from environment import require
 
@@ -787,6 +788,23 @@ class EnvironmentTest(Scratch):
         self.assertEqual(self.run_script(0)[0], "prepared a b\n")
 
 
+class CompileFlagsTest(unittest.TestCase):
+    def test_lost_options_are_named(self):
+        options = {"dropout": "-fopenmp", "random": "-fopenmp", "quantize": "-fopenmp -ffp-contract=off"}
+
+        def wrong(**changed):
+            given = {name: flags for name, flags in {**options, **changed}.items() if flags is not None}
+            return wrong_flags(json.dumps([{"file": f"/x/trainer/ops/{name}.cpp", "command": f"c++ {flags} -c {name}.cpp"}
+                                           for name, flags in given.items()]))
+
+        self.assertEqual(wrong(), [])
+        self.assertEqual(wrong(random="-O2"), ["compile flags: random.cpp is not compiled alone with -fopenmp"])
+        self.assertEqual(wrong(quantize="-fopenmp"),
+                         ["compile flags: quantize.cpp is not compiled alone with -ffp-contract=off"])
+        self.assertEqual(wrong(dropout=None),  # in a batch of a unity build
+                         ["compile flags: dropout.cpp is not compiled alone with -fopenmp"])
+
+
 class CountTest(unittest.TestCase):
     def test_the_method_of_a_case(self):
         for suite, case, method in (("Cases/LoraGolden", "LogitsMatch/dora", "dora"),
@@ -801,13 +819,13 @@ class CountTest(unittest.TestCase):
             self.assertEqual(method_of(suite, case), method, f"{suite}.{case}")
 
     def test_the_column_of_a_case(self):
-        for program, suite, case, column in (("golden_test", "Cases/LoraGolden", "LogitsMatch/dora", "parity"),
+        for program, suite, case, column in (("parity_test", "Cases/LoraGolden", "LogitsMatch/dora", "parity"),
                                              ("parity_test", "Row07", "AdaLoraLayer", "parity"),
                                              ("conformance_mpi_test", "Conformance/Runs", "A/mora_6_nf4", "on nf4"),
                                              ("conformance_mpi_test", "Conformance/Runs", "A/mora_6", "conformance"),
                                              ("methods_mpi_test", "Methods/Topology", "A/nf4", "layouts"),
                                              ("methods_mpi_test", "Methods/Resume", "A/dora", "resume"),
-                                             ("h5_test", "H5", "A", None)):
+                                             ("data_test", "H5", "A", None)):
             self.assertEqual(column_of(program, suite, case), column, f"{program} {suite}.{case}")
 
     def test_the_table_adds_up_programs_and_tells_failures(self):
@@ -816,8 +834,8 @@ class CountTest(unittest.TestCase):
                   '<testcase name="B/dora" classname="Cases/LoraGolden"><failure/></testcase>'
                   '<testcase name="C/dora" classname="Cases/LoraGolden"><skipped/></testcase></testsuite></testsuites>')
         counts = MethodCounts()
-        counts.add("golden_test", report)
-        counts.add("golden_test", report)
+        counts.add("parity_test", report)
+        counts.add("parity_test", report)
         lines = counts.lines()
         self.assertEqual(lines[0].split()[:3], ["method", "parity", "conformance"])
         self.assertIn("2 (2 failed)", next(line for line in lines if line.startswith("dora")))

@@ -20,8 +20,8 @@ namespace {
 
 using nlohmann::json;
 
-ModelOptions model_at(const std::string& path, at::ScalarType dtype = at::kFloat,
-                      const std::string& quantization = "none") {
+ModelOptions merge_model_at(const std::string& path, at::ScalarType dtype = at::kFloat,
+                            const std::string& quantization = "none") {
   ModelOptions options;
   options.path = path;
   options.dtype = dtype;
@@ -119,7 +119,7 @@ class MergeGolden : public testing::TestWithParam<Case> {
 TEST_P(MergeGolden, WeightsAndLogitsAreThoseOfPeft) {
   make_folders(merged());
   const SavedAdapter file = adapter();
-  const MergeResult result = write_merged_model(merged(), model_at(base()), file, false);
+  const MergeResult result = write_merged_model(merged(), merge_model_at(base()), file, false);
   WeightFile ours(merged()), theirs(base());
   EXPECT_EQ(result.tensors, static_cast<int64_t>(theirs.names().size()));
   EXPECT_EQ(result.merged, static_cast<int64_t>(adapted_modules(file).size()));
@@ -132,13 +132,14 @@ TEST_P(MergeGolden, WeightsAndLogitsAreThoseOfPeft) {
   EXPECT_EQ(read_file(merged() + "/config.json"), read_file(base() + "/config.json"));
   if (GetParam().logits.empty()) return;
   const Golden reference(GetParam().logits);
-  EXPECT_LT(relative_error(logits_of(model_at(merged()), reference.tokens(0)), reference.value("logits.0")), 1e-5);
+  EXPECT_LT(relative_error(logits_of(merge_model_at(merged()), reference.tokens(0)), reference.value("logits.0")),
+            1e-5);
 }
 
 TEST_P(MergeGolden, WhatNoAdapterTouchesStaysToTheByte) {
   make_folders(merged());
   const SavedAdapter file = adapter();
-  write_merged_model(merged(), model_at(base()), file, false);
+  write_merged_model(merged(), merge_model_at(base()), file, false);
   WeightFile ours(merged()), theirs(base());
   std::set<std::string> touched;
   for (const std::string& module : adapted_modules(file)) touched.insert(module + ".weight");
@@ -158,7 +159,7 @@ TEST_P(MergeBFloat16, IsRoundedOnceAndOneStepFromPeftAtMost) {
   write_in(at::kBFloat16, base(), low);
   make_folders(merged());
   const SavedAdapter file = adapter();
-  write_merged_model(merged(), model_at(low), file, false);
+  write_merged_model(merged(), merge_model_at(low), file, false);
   WeightFile ours(merged()), exact(low);
   for (const auto& [name, weight] : expected("bf16." + GetParam().name + ".")) {
     const at::Tensor found = ours.read(name);
@@ -214,11 +215,11 @@ TEST_F(Merge, EveryMethodAfterTrainingIsItsMergedModel) {
     config.options.edit<MoraConfig>().type = type;
     config.options.edit<AdaLoraConfig>() = {
         .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
-    const SavedAdapter adapter = trained(model_at(base_), config, path("adapter.h5"));
-    merge(model_at(base_), adapter);
-    const at::Tensor merged = logits_of(model_at(path("merged")), tokens_);
-    EXPECT_LT(relative_error(merged, logits_of(model_at(base_), tokens_, &adapter)), 1e-5);
-    EXPECT_GT(relative_error(merged, logits_of(model_at(base_), tokens_)), 1e-3);
+    const SavedAdapter adapter = trained(merge_model_at(base_), config, path("adapter.h5"));
+    merge(merge_model_at(base_), adapter);
+    const at::Tensor merged = logits_of(merge_model_at(path("merged")), tokens_);
+    EXPECT_LT(relative_error(merged, logits_of(merge_model_at(base_), tokens_, &adapter)), 1e-5);
+    EXPECT_GT(relative_error(merged, logits_of(merge_model_at(base_), tokens_)), 1e-3);
   }
 }
 
@@ -228,14 +229,14 @@ TEST_F(Merge, AQuantisedBaseIsTakenAsTheRunOrAsTheFolderHasIt) {
       SCOPED_TRACE(quantization + " " + method);
       AdapterConfig config;
       config.method = method;
-      const ModelOptions run = model_at(base_, at::kFloat, quantization);
+      const ModelOptions run = merge_model_at(base_, at::kFloat, quantization);
       const SavedAdapter adapter = trained(run, config, path("adapter.h5"));
       merge(run, adapter, /*dequantize=*/true);
       const at::Tensor as_trained = logits_of(run, tokens_, &adapter);
-      EXPECT_LT(relative_error(logits_of(model_at(path("merged")), tokens_), as_trained), 1e-5);
+      EXPECT_LT(relative_error(logits_of(merge_model_at(path("merged")), tokens_), as_trained), 1e-5);
       merge(run, adapter, /*dequantize=*/false);
-      const at::Tensor original = logits_of(model_at(path("merged")), tokens_);
-      EXPECT_LT(relative_error(original, logits_of(model_at(base_), tokens_, &adapter)), 1e-5);
+      const at::Tensor original = logits_of(merge_model_at(path("merged")), tokens_);
+      EXPECT_LT(relative_error(original, logits_of(merge_model_at(base_), tokens_, &adapter)), 1e-5);
       EXPECT_GT(relative_error(original, as_trained), 1e-3);
     }
   }
@@ -245,12 +246,12 @@ TEST_F(Merge, AQuantisedBaseIsTakenAsTheRunOrAsTheFolderHasIt) {
 TEST_F(Merge, QPissaIsNearerOnTheOriginalBase) {
   AdapterConfig config;
   config.method = "pissa";
-  const ModelOptions run = model_at(base_, at::kFloat, "nf4");
+  const ModelOptions run = merge_model_at(base_, at::kFloat, "nf4");
   at::Tensor as_trained;
   const SavedAdapter adapter = trained(run, config, path("adapter.h5"), &as_trained);
   const auto error = [&](bool dequantize) {
     merge(run, adapter, dequantize);
-    return relative_error(logits_of(model_at(path("merged")), tokens_), as_trained);
+    return relative_error(logits_of(merge_model_at(path("merged")), tokens_), as_trained);
   };
   EXPECT_LT(error(false), error(true));
 }
@@ -259,7 +260,7 @@ TEST_F(Merge, ABitsandbytesFolderBecomesAnOrdinaryOne) {
   const std::string quantised = golden("methods/llama_nf4/model");
   const SavedAdapter adapter = read_adapter(golden("llama/adapter"));
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
-    const ModelOptions run = model_at(quantised, dtype, "nf4");
+    const ModelOptions run = merge_model_at(quantised, dtype, "nf4");
     merge(run, adapter, /*dequantize=*/true);
     WeightFile merged(path("merged"));
     EXPECT_EQ(merged.names(), WeightFile(base_).names());
@@ -269,10 +270,11 @@ TEST_F(Merge, ABitsandbytesFolderBecomesAnOrdinaryOne) {
     EXPECT_FALSE(config.contains("quantization_config"));
     EXPECT_EQ(config["dtype"], dtype == at::kFloat ? "float32" : "bfloat16");
     const double bound = dtype == at::kFloat ? 1e-5 : 2e-2;
-    EXPECT_LT(relative_error(logits_of(model_at(path("merged"), dtype), tokens_), logits_of(run, tokens_, &adapter)),
-              bound);
+    EXPECT_LT(
+        relative_error(logits_of(merge_model_at(path("merged"), dtype), tokens_), logits_of(run, tokens_, &adapter)),
+        bound);
   }
-  EXPECT_THROW(merge(model_at(quantised, at::kFloat, "nf4"), adapter, /*dequantize=*/false), ConfigError);
+  EXPECT_THROW(merge(merge_model_at(quantised, at::kFloat, "nf4"), adapter, /*dequantize=*/false), ConfigError);
 }
 
 TEST_F(Merge, ShardsStayShards) {
@@ -298,7 +300,7 @@ TEST_F(Merge, ShardsStayShards) {
     write_file_atomically(path(std::string("base/") + name), text);
   }
   const SavedAdapter adapter = read_adapter(golden("llama/adapter"));
-  const MergeResult result = merge(model_at(path("base")), adapter);
+  const MergeResult result = merge(merge_model_at(path("base")), adapter);
   const json index = json::parse(read_file(path("merged/model.safetensors.index.json")));
   EXPECT_EQ(index["weight_map"], map);
   EXPECT_EQ(index["metadata"]["total_size"], result.bytes);
@@ -308,7 +310,7 @@ TEST_F(Merge, ShardsStayShards) {
   EXPECT_FALSE(std::filesystem::exists(path("merged/adapter_config.json")));
   EXPECT_FALSE(std::filesystem::exists(path("merged/pytorch_model.bin")));
   make_folders(path("single"));
-  write_merged_model(path("single"), model_at(base_), adapter, false);
+  write_merged_model(path("single"), merge_model_at(base_), adapter, false);
   WeightFile sharded(path("merged")), single(path("single"));
   for (const std::string& name : single.names()) EXPECT_TRUE(at::equal(sharded.read(name), single.read(name))) << name;
 }
@@ -322,18 +324,18 @@ TEST_F(Merge, FoldersOfTheBareModelKeepTheirNames) {
   write_file_atomically(path("bare/model.safetensors"), safetensors_image(tensors));
   write_file_atomically(path("bare/config.json"), read_file(whole + "/config.json"));
   const SavedAdapter adapter = read_adapter(golden("families/gpt2/adapter"));
-  merge(model_at(path("bare")), adapter);
+  merge(merge_model_at(path("bare")), adapter);
   EXPECT_TRUE(WeightFile(path("merged")).has("h.0.attn.c_attn.weight"));
   const Golden gpt2("families/gpt2");
-  EXPECT_LT(relative_error(logits_of(model_at(path("merged")), gpt2.tokens(0)), gpt2.value("logits.0")), 1e-5);
+  EXPECT_LT(relative_error(logits_of(merge_model_at(path("merged")), gpt2.tokens(0)), gpt2.value("logits.0")), 1e-5);
 }
 
 TEST_F(Merge, WhatDoesNotFitOrIsNotFiniteIsRefused) {
   SavedAdapter adapter = read_adapter(golden("llama/adapter"));
-  EXPECT_THROW(merge(model_at(golden("llama_biased_headdim/model")), adapter), InputError);
+  EXPECT_THROW(merge(merge_model_at(golden("llama_biased_headdim/model")), adapter), InputError);
   for (auto& [name, tensor] : adapter.tensors) tensor = tensor * 1e30;
   try {
-    merge(model_at(base_), adapter);
+    merge(merge_model_at(base_), adapter);
     ADD_FAILURE() << "accepted";
   } catch (const InputError& e) {
     EXPECT_NE(std::string(e.what()).find("proj.weight: with the adapter it holds NaN"), std::string::npos) << e.what();

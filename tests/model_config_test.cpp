@@ -15,7 +15,7 @@ namespace {
 using nlohmann::json;
 
 /// What is said about a named shape with `patch` on top of its config.json; empty if it is accepted.
-std::string complaint(const std::string& shape, const json& patch, int tensor = 1) {
+std::string config_complaint(const std::string& shape, const json& patch, int tensor = 1) {
   ModelOptions options;
   options.shape = shape;
   json config = json::parse(model_config_json(options));
@@ -28,14 +28,14 @@ std::string complaint(const std::string& shape, const json& patch, int tensor = 
   return "";
 }
 
-struct Refusal {
+struct ConfigRefusal {
   std::string shape;
   json patch;
   std::string word;  ///< in the message
 };
 
 TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
-  const std::vector<Refusal> refusals{
+  const std::vector<ConfigRefusal> refusals{
       {"tiny-llama", {{"hidden_act", "gelu"}}, "hidden_act"},
       {"tiny-llama", {{"attention_dropout", 1.0}}, "attention_dropout"},
       {"tiny-llama", {{"partial_rotary_factor", 0.5}}, "partial_rotary_factor"},
@@ -81,14 +81,14 @@ TEST(ModelConfig, WhatChangesTheResultIsRefusedByName) {
       {"gpt2", {{"quantization_config", json::object()}}, "quantization_config"},
       {"gpt2", {{"n_head", 7}}, "n_head"},
   };
-  for (const Refusal& r : refusals) {
-    const std::string message = complaint(r.shape, r.patch);
+  for (const ConfigRefusal& r : refusals) {
+    const std::string message = config_complaint(r.shape, r.patch);
     EXPECT_NE(message.find(r.word), std::string::npos) << r.shape << ' ' << r.patch << ": '" << message << "'";
   }
 }
 
 TEST(ModelConfig, EveryShapeIsAccepted) {
-  for (const std::string& shape : shape_names()) EXPECT_EQ(complaint(shape, json::object()), "") << shape;
+  for (const std::string& shape : shape_names()) EXPECT_EQ(config_complaint(shape, json::object()), "") << shape;
 }
 
 /// What published models and their fine-tunes carry beyond what is read.
@@ -106,7 +106,7 @@ TEST(ModelConfig, WhatTransformersIgnoresIsIgnoredByName) {
          "summary_proj_to_labels": true, "summary_first_dropout": 0.1,
          "reorder_and_upcast_attn": false, "task_specific_params": {"text-generation": {"max_length": 50}}})")},
   };
-  for (const auto& [shape, patch] : notes) EXPECT_EQ(complaint(shape, patch), "") << shape;
+  for (const auto& [shape, patch] : notes) EXPECT_EQ(config_complaint(shape, patch), "") << shape;
 }
 
 // Values that no field may carry silently, as JSON texts.

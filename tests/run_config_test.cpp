@@ -18,11 +18,11 @@ Overrides operator+(Overrides a, const Overrides& b) {
 
 /// What the checks before a start say about configs/tiny.yaml with `overrides`; empty: nothing. `data`: the run file's
 /// own paths are relative to where tests are not started.
-std::string complaint(const Overrides& overrides,
-                      const Overrides& data = {"data.train=" + repository("configs/tiny/train.h5"),
-                                               "data.eval=" + repository("configs/tiny/eval.h5"),
-                                               "output_dir=" + testing::TempDir() + "corank_never_made"},
-                      CheckedInputs (*check)(const RunConfig&, int) = check_training) {
+std::string run_complaint(const Overrides& overrides,
+                          const Overrides& data = {"data.train=" + repository("configs/tiny/train.h5"),
+                                                   "data.eval=" + repository("configs/tiny/eval.h5"),
+                                                   "output_dir=" + testing::TempDir() + "corank_never_made"},
+                          CheckedInputs (*check)(const RunConfig&, int) = check_training) {
   try {
     const RunConfig run = read_run(repository("configs/tiny.yaml"), overrides + data);
     check(run, static_cast<int>(run.parallel.tensor));
@@ -32,13 +32,13 @@ std::string complaint(const Overrides& overrides,
   return "";
 }
 
-struct Refusal {
+struct RunRefusal {
   Overrides overrides;
   std::vector<std::string> words;  ///< of the message
 };
 
 TEST(Refusals, MethodsAndKeysThatDoNotBelongTogether) {
-  const std::vector<Refusal> refusals{
+  const std::vector<RunRefusal> refusals{
       {{"adapter.method=full", "model.quantization=nf4"}, {"model.quantization", "nf4 cannot train", "method full"}},
       {{"adapter.method=full", "model.quantization=int8"}, {"model.quantization", "int8 cannot train"}},
       {{"model.quantization=int8", "model.double_quant=true"}, {"model.double_quant", "int8"}},
@@ -60,13 +60,13 @@ TEST(Refusals, MethodsAndKeysThatDoNotBelongTogether) {
       {{"adapter.method=full", "adapter.loraplus_lr_ratio=16"}, {"adapter.loraplus_lr_ratio", "full"}},
   };
   for (const auto& [overrides, words] : refusals) {
-    const std::string said = complaint(overrides);
+    const std::string said = run_complaint(overrides);
     for (const std::string& word : words) EXPECT_NE(said.find(word), std::string::npos) << overrides[0] << ": " << said;
   }
 }
 
 TEST(Refusals, ValuesThatAMethodCannotHave) {
-  const std::vector<Refusal> refusals{
+  const std::vector<RunRefusal> refusals{
       {{"adapter.method=mora", "adapter.mora_type=5"}, {"adapter.mora_type", "5", "1, 2, 3, 4, 6"}},
       {{"adapter.method=mora", "adapter.r=300"}, {"adapter.r", "MoRA's matrix", "q_proj", "smaller"}},
       {{"adapter.method=pissa", "adapter.r=64"}, {"adapter.r", "k_proj", "32 singular values", "smaller"}},
@@ -82,7 +82,7 @@ TEST(Refusals, ValuesThatAMethodCannotHave) {
       {{"model.shape=tiny-gpt2", "model.quantization=nf4", "parallel.tensor=2"}, {"c_attn", "parallel.tensor to 1"}},
   };
   for (const auto& [overrides, words] : refusals) {
-    const std::string said = complaint(overrides);
+    const std::string said = run_complaint(overrides);
     for (const std::string& word : words) EXPECT_NE(said.find(word), std::string::npos) << overrides[0] << ": " << said;
   }
 }
@@ -92,12 +92,12 @@ TEST(Refusals, WhatAQuantisedFolderCannotGive) {
   const Overrides nf4{"model.shape=null", "model.path=" + golden("methods/llama_nf4/model")};
   const Overrides no_data{"data.train=null", "data.eval=null", "eval_steps=0"};
   for (const auto& [overrides, words] :
-       std::vector<Refusal>{{{"adapter.method=pissa", "adapter.lora_alpha=8", "model.quantization=nf4"},
-                             {"q_proj", "4 bits", "16 bits"}},
-                            {{"adapter.method=lora"}, {"model.quantization: none", "Write model.quantization: nf4"}},
-                            {{"adapter.method=full"}, {"model.quantization: none", "nf4"}},
-                            {{"model.quantization=int8"}, {"model.quantization: int8", "nf4"}}}) {
-    const std::string said = complaint(overrides + nf4, no_data, check_bench);
+       std::vector<RunRefusal>{{{"adapter.method=pissa", "adapter.lora_alpha=8", "model.quantization=nf4"},
+                                {"q_proj", "4 bits", "16 bits"}},
+                               {{"adapter.method=lora"}, {"model.quantization: none", "Write model.quantization: nf4"}},
+                               {{"adapter.method=full"}, {"model.quantization: none", "nf4"}},
+                               {{"model.quantization=int8"}, {"model.quantization: int8", "nf4"}}}) {
+    const std::string said = run_complaint(overrides + nf4, no_data, check_bench);
     for (const std::string& word : words) EXPECT_NE(said.find(word), std::string::npos) << overrides[0] << ": " << said;
   }
 }
@@ -109,7 +109,7 @@ TEST(Methods, OneOverrideMakesAnotherMethodOfALoraRun) {
       AdapterConfig config;
       config.method = method;
       const bool refused = make_method(config)->trains_base() && format != "none";
-      EXPECT_EQ(complaint({"adapter.method=" + method, "model.quantization=" + format}).empty(), !refused)
+      EXPECT_EQ(run_complaint({"adapter.method=" + method, "model.quantization=" + format}).empty(), !refused)
           << method << " " << format;
     }
   }

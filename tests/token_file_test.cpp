@@ -14,13 +14,13 @@
 namespace corank {
 namespace {
 
-at::Tensor ints(const std::vector<int64_t>& values, at::ScalarType type) { return at::tensor(values).to(type); }
+at::Tensor token_ints(const std::vector<int64_t>& values, at::ScalarType type) { return at::tensor(values).to(type); }
 
 /// The parts of a file, to be spoiled one at a time.
 struct Parts {
-  at::Tensor tokens = ints({5, 6, 7, 8, 9, 1, 2}, at::kInt);
-  at::Tensor offsets = ints({0, 3, 5, 7}, at::kLong);
-  at::Tensor mask = ints({0, 1, 1, 0, 1, 1, 1}, at::kByte);
+  at::Tensor tokens = token_ints({5, 6, 7, 8, 9, 1, 2}, at::kInt);
+  at::Tensor offsets = token_ints({0, 3, 5, 7}, at::kLong);
+  at::Tensor mask = token_ints({0, 1, 1, 0, 1, 1, 1}, at::kByte);
   std::string format = "corank-tokens";
   int64_t version = 1;
   int64_t vocab_size = 10;
@@ -66,9 +66,9 @@ TEST_F(Tokens, ReadsFromMemoryAndFromTheFile) {
     EXPECT_EQ(file.path(), path_);
     EXPECT_EQ(file.length(0), 3);
     EXPECT_EQ(file.length(2), 2);
-    EXPECT_TRUE(at::equal(file.read(1).tokens, ints({8, 9}, at::kInt)));
-    EXPECT_TRUE(at::equal(file.read(1).loss_mask, ints({0, 1}, at::kByte)));
-    EXPECT_TRUE(at::equal(file.read(0).tokens, ints({5, 6, 7}, at::kInt)));
+    EXPECT_TRUE(at::equal(file.read(1).tokens, token_ints({8, 9}, at::kInt)));
+    EXPECT_TRUE(at::equal(file.read(1).loss_mask, token_ints({0, 1}, at::kByte)));
+    EXPECT_TRUE(at::equal(file.read(0).tokens, token_ints({5, 6, 7}, at::kInt)));
     EXPECT_THROW(file.read(3), InternalError);
     EXPECT_THROW(file.read(-1), InternalError);
     file.validate(10);
@@ -96,8 +96,8 @@ TEST_F(Tokens, FingerprintIsOfTheDataAlone) {
 }
 
 TEST_F(Tokens, WrittenFilesReadBack) {
-  const std::vector<Sample> samples{{ints({1, 2, 3}, at::kInt), ints({0, 0, 1}, at::kByte)},
-                                    {ints({4, 5}, at::kInt), ints({1, 1}, at::kByte)}};
+  const std::vector<Sample> samples{{token_ints({1, 2, 3}, at::kInt), token_ints({0, 0, 1}, at::kByte)},
+                                    {token_ints({4, 5}, at::kInt), token_ints({1, 1}, at::kByte)}};
   write_token_file(path_, samples, 6, "a test");
   const TokenFile file(path_);
   ASSERT_EQ(file.size(), 2);
@@ -124,7 +124,7 @@ TEST_F(Tokens, WrongFiles) {
   expect_refused("/offsets must be a vector of Long", [](Parts& p) { p.offsets = p.offsets.to(at::kInt); });
   expect_refused("/loss_mask must be a vector of Byte", [](Parts& p) { p.mask = p.mask.to(at::kInt); });
   expect_refused("7 tokens and 6 mask entries", [](Parts& p) { p.mask = p.mask.narrow(0, 0, 6).contiguous(); });
-  expect_refused("holds no sample", [](Parts& p) { p.offsets = ints({7}, at::kLong); });
+  expect_refused("holds no sample", [](Parts& p) { p.offsets = token_ints({7}, at::kLong); });
   expect_refused("/offsets go from 1 to 7", [](Parts& p) { p.offsets[0] = 1; });
   expect_refused("/offsets go from 0 to 8", [](Parts& p) { p.offsets[3] = 8; });
   expect_refused("sample 1 goes from token 3 to 3", [](Parts& p) { p.offsets[2] = 3; });
@@ -149,7 +149,7 @@ TEST_F(Tokens, ManyThreadsRead) {
     for (int i = 0; i < 3; ++i) {
       threads.emplace_back([&] {
         for (int repeat = 0; repeat < 30; ++repeat) {
-          EXPECT_TRUE(at::equal(file.read(1).tokens, ints({8, 9}, at::kInt)));
+          EXPECT_TRUE(at::equal(file.read(1).tokens, token_ints({8, 9}, at::kInt)));
         }
       });
     }
