@@ -116,28 +116,18 @@ Parts parts_of(Run& run) {
 /// Model and method without a training loop, in float32 or float64.
 struct Layers {
   Layers(const World* world, int tensor, const Combination& c, at::ScalarType dtype)
-      : mesh(ranks_of(world, ledger), tensor), method(make_method(c.config())) {
+      : mesh(shared_mesh(world, tensor).mesh), method(make_method(c.config())) {
     ModelOptions options = tiny_model(c.format, dtype);
     options.device = mesh.device();
     model = load_model(options, mesh.tp());
     start_method(*method, *model, store, mesh, dtype, 42);
   }
 
-  Ledger ledger;
-  Mesh mesh;
+  const Mesh& mesh;  ///< shared
   std::unique_ptr<Model> model;
   std::unique_ptr<AdapterMethod> method;
   ParameterStore store;
 };
-
-/// Sizes of tensor-parallel groups that the job's ranks can form.
-inline std::vector<int> tensor_sizes() {
-  std::vector<int> sizes;
-  for (const int size : {1, 2, 4}) {
-    if (test_world().size() % size == 0) sizes.push_back(size);
-  }
-  return sizes;
-}
 
 /// Normal numbers, the same on every rank; `what` names them.
 inline at::Tensor random_tensor(const std::string& what, std::vector<int64_t> shape, const at::TensorOptions& options,
@@ -272,19 +262,6 @@ inline at::Tensor full_weights(const Parts& p, Split split) {
   std::vector<at::Tensor> flat;
   for (const AdaptedLinear* linear : linears_of(p, split)) flat.push_back(base_of(p, *linear, {}).flatten());
   return at::cat(flat);
-}
-
-/// Collective over the world. Parameters that are not the same bits on all ranks that hold them.
-inline std::vector<std::string> unequal_replicas(const Parts& p) {
-  std::vector<std::string> names;
-  for (const auto& parameter : p.store.parameters()) {
-    Communicator& group = parameter.spec.shard.whole() ? p.mesh.world() : p.mesh.dp();
-    const at::Tensor high = parameter.master.contiguous().view(at::kInt).clone(), low = high.clone();
-    group.all_reduce(high, ReduceOp::max, Purpose::startup);
-    group.all_reduce(low, ReduceOp::min, Purpose::startup);
-    if (!at::equal(high, low)) names.push_back(parameter.spec.name);
-  }
-  return names;
 }
 
 // ---- gradients are finite differences ------------------------------------------------------------------------------
@@ -505,23 +482,5 @@ inline at::Tensor kept_ranks(const Parts& p) {
   }
   return at::cat(kept);
 }
-
-/// Collective over the world. A folder that all ranks see; it goes with the object.
-class SharedFolder {
- public:
-  SharedFolder() {
-    if (test_world().rank() == 0) folder_ = std::make_unique<TemporaryFolder>();
-    std::string name = folder_ ? folder_->path() : "";
-    name.resize(4096);
-    MPI_Bcast(name.data(), static_cast<int>(name.size()), MPI_CHAR, 0, test_world().comm());
-    path_ = name.c_str();
-  }
-  ~SharedFolder() { MPI_Barrier(test_world().comm()); }
-  const std::string& path() const { return path_; }
-
- private:
-  std::unique_ptr<TemporaryFolder> folder_;
-  std::string path_;
-};
 
 }  // namespace corank::test

@@ -72,7 +72,7 @@ TEST_P(Runs, StepsAreTheSameInEveryLayoutAndChangeTheAdapterAlone) {
     const Weights base = frozen_weights(p), parameters = parameters_of(p);
     std::vector<std::string> unequal;
     const auto losses = losses_of(run, kSteps, [&] {
-      for (const std::string& name : unequal_replicas(p)) unequal.push_back(name);
+      for (const std::string& name : unequal_replicas(p.mesh, p.store)) unequal.push_back(name);
     });
     if (first.empty()) first = losses;
     EXPECT_LT(loss_deviation(losses, first), kSingle);
@@ -116,7 +116,7 @@ SavedAdapter written_and_read(const TinyRun& run, const Combination& c, const st
 
 TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
   const Combination c = GetParam();
-  const SharedFolder folder;
+  const SharedFolder folder(test_world());
   const int split = tensor_sizes().back(), other = std::max(1, split / 2);
   TinyRun saved(&test_world(), split, c), resumed(&test_world(), other, c);
   losses_of(saved, 2);
@@ -183,7 +183,7 @@ TEST(Dora, NormsAreThoseOfTheFullWeightOnEveryRank) {
       randomise(p);
       p.method.initialise(p.mesh);  // the magnitudes become the norms
       for (const Split split : {Split::column, Split::row}) EXPECT_LT(norm_deviation(p, split), 1e-6) << format;
-      EXPECT_EQ(unequal_replicas(p), std::vector<std::string>{}) << format << " tp " << tensor;
+      EXPECT_EQ(unequal_replicas(p.mesh, p.store), std::vector<std::string>{}) << format << " tp " << tensor;
     }
   }
 }

@@ -179,7 +179,7 @@ TEST(Dora, NormsWithoutTheUpdateAreThoseOfTheSum) {
 
 /// Shows itself as a new tensor each time and remembers the last one without keeping it alive.
 struct Watched : Matrix {
-  at::Tensor dense_OI() const override {
+  at::Tensor unpack(Pass) const override {
     const at::Tensor w = random({6, 5}, "w");
     last = c10::weak_intrusive_ptr<c10::StorageImpl>(w.storage().getWeakStorageImpl());
     return w;

@@ -554,7 +554,7 @@ TEST(Rebuild, ChangesTheFullWeightBeforeItIsQuantised) {
   const ModelOptions options = quantised_model(golden("llama/model"));
   const auto plain = load(options), changed = load(options);
   AdaptedLinear& doubled = *changed->linears()[5];
-  const at::Tensor before = plain->linears()[5]->weight().dense_OI();
+  const at::Tensor before = plain->linears()[5]->weight().dense_OI().clone();
   doubled.rebuild([](const at::Tensor& w) { return w * 2; });
   EXPECT_TRUE(same_bits(doubled.weight().dense_OI(), before * 2));
   doubled.rebuild();

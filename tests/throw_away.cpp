@@ -85,13 +85,13 @@ const MethodEntry& gain_method() {
 
 /// What bfloat16 keeps of a weight, held in the compute dtype.
 std::unique_ptr<FrozenWeight> make_cut_weight(const FormatOptions& options, const StoredWeight& stored,
-                                              const Shard& shard) {
+                                              const Shard& shard, const WeightPlace& place) {
   StoredWeight cut = stored;
   cut.read = [read = stored.read](const Shard& part) {
     const at::Tensor w = read(part);
     return w.to(at::kBFloat16).to(w.scalar_type());
   };
-  return make_dense_weight(options, cut, shard);
+  return make_dense_weight(options, cut, shard, place);
 }
 
 const ScopedMethod kMethod(gain_method());

@@ -27,9 +27,25 @@ class PartLoader {
              Communicator& tp)
       : fan_in_fan_out_(config.fan_in_fan_out), options_(options), source_(std::move(source)), tp_(tp) {}
 
+  /// Linears of one input, each of the size that `outs` gives it, in one matrix where format and residency have such.
+  std::vector<std::unique_ptr<AdaptedLinear>> columns(LinearRole role, const std::string& layer,
+                                                      const std::vector<std::string>& names, int64_t in,
+                                                      const std::vector<int64_t>& outs, bool has_bias) {
+    std::vector<int64_t> rows;
+    for (const int64_t out : outs) rows.push_back(Shard::of(0, out, tp_).local_shape({out})[0]);
+    const auto rooms = shared_rooms(format(), rows, in, *options_.residency);
+    WeightPlace place = next_place();
+    std::vector<std::unique_ptr<AdaptedLinear>> linears;
+    for (size_t i = 0; i < names.size(); ++i) {
+      place.room_OI = rooms[i];
+      linears.push_back(column(role, layer + names[i], in, {outs[i]}, has_bias, place));
+    }
+    return linears;
+  }
+
   /// The linear's rows are sections of sizes `outs`, each split for itself.
   std::unique_ptr<AdaptedLinear> column(LinearRole role, const std::string& name, int64_t in,
-                                        const std::vector<int64_t>& outs, bool has_bias) {
+                                        const std::vector<int64_t>& outs, bool has_bias, const WeightPlace& place) {
     const Shard shard = Shard::of(0, outs, tp_);
     if (!shard.sections.empty() && options_.quantization != "none") {
       throw ConfigError(
@@ -39,13 +55,15 @@ class PartLoader {
     }
     const int64_t out = std::accumulate(outs.begin(), outs.end(), int64_t{0});
     return linear({name, in, out, Split::column, {}, shard, fan_in_fan_out_, role}, shard, has_bias,
-                  /*adds_bias=*/true);
+                  /*adds_bias=*/true, place);
   }
 
   std::unique_ptr<AdaptedLinear> row(LinearRole role, const std::string& name, int64_t in, int64_t out, bool has_bias) {
     return linear({name, in, out, Split::row, Shard::of(0, in, tp_), {}, fan_in_fan_out_, role}, Shard::of(1, in, tp_),
-                  has_bias, /*adds_bias=*/tp_.rank() == 0);
+                  has_bias, /*adds_bias=*/tp_.rank() == 0, next_place());
   }
+
+  WeightPlace next_place() { return {options_.residency, order_++, {}}; }
 
   ops::Weight vector(const std::string& name, int64_t size) { return {place(source_->read(name, {size}, {})), {}}; }
   ops::Weight vocabulary(const std::string& name, int64_t vocab, int64_t hidden) {
@@ -57,9 +75,13 @@ class PartLoader {
   void skip(const std::string& name) { source_->skip(name); }
 
  private:
-  std::unique_ptr<AdaptedLinear> linear(LinearSite site, const Shard& shard, bool has_bias, bool adds_bias) {
-    BaseWeight base{
-        {options_.quantization, options_.double_quant, options_.dtype, options_.device}, stored(site), shard};
+  FormatOptions format() const {
+    return {options_.quantization, options_.double_quant, options_.dtype, options_.device};
+  }
+
+  std::unique_ptr<AdaptedLinear> linear(LinearSite site, const Shard& shard, bool has_bias, bool adds_bias,
+                                        const WeightPlace& where) {
+    BaseWeight base{format(), stored(site), shard, where};
     at::Tensor bias;
     if (has_bias) bias = place(read_sections(*source_, site.name + ".bias", {site.out}, site.out_shard));
     return std::make_unique<AdaptedLinear>(std::move(site), std::move(base), bias, adds_bias);
@@ -96,6 +118,7 @@ class PartLoader {
   const ModelOptions& options_;
   std::shared_ptr<WeightSource> source_;
   Communicator& tp_;
+  int64_t order_ = 0;  ///< of the next weights that read one input
 };
 
 /// Rotary positions; without a table q and k stay as they are.
@@ -178,9 +201,10 @@ class Projections {
  public:
   Projections(LinearRole role, const std::string& layer, const std::vector<std::string>& names, int64_t in,
               const std::vector<int64_t>& outs, bool has_bias, PartLoader& load) {
-    for (size_t i = 0; i < names.size(); ++i) {
-      const bool fused = names.size() < outs.size();
-      linears_.push_back(load.column(role, layer + names[i], in, fused ? outs : std::vector{outs[i]}, has_bias));
+    if (names.size() == outs.size()) {
+      linears_ = load.columns(role, layer, names, in, outs, has_bias);
+    } else {
+      linears_.push_back(load.column(role, layer + names[0], in, outs, has_bias, load.next_place()));
     }
     outs_ = outs;
   }

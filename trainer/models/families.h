@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "trainer/layers/model.h"
+#include "trainer/weights/residency.h"
 #include "trainer/weights/weight_source.h"
 
 namespace corank {
@@ -24,6 +25,7 @@ struct ModelOptions {
   int64_t max_positions = 1024;  ///< longest sequence that will come
   uint64_t seed = 42;            ///< of random weights
   at::Device device = at::kCPU;
+  std::shared_ptr<Residency> residency = resident();  ///< where the blocks' linears are
 };
 
 /// config.json of `options`, or the JSON of the named shape.

@@ -5,16 +5,17 @@
 namespace corank {
 
 std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, const StoredWeight& stored,
-                                                const Shard& shard);
+                                                const Shard& shard, const WeightPlace& place);
 std::unique_ptr<FrozenWeight> make_int8_weight(const FormatOptions& options, const StoredWeight& stored,
-                                               const Shard& shard);
+                                               const Shard& shard, const WeightPlace& place);
 std::unique_ptr<FrozenWeight> make_nf4_weight(const FormatOptions& options, const StoredWeight& stored,
-                                              const Shard& shard);
+                                              const Shard& shard, const WeightPlace& place);
 
 /// A line of the table.
 struct Format {
   const char* name;
-  std::unique_ptr<FrozenWeight> (*make)(const FormatOptions&, const StoredWeight&, const Shard&);
+  std::unique_ptr<FrozenWeight> (*make)(const FormatOptions&, const StoredWeight&, const Shard&, const WeightPlace&);
+  bool shares_rooms = false;  ///< weights may be rows of one matrix
 };
 
 /// For tests: the table has `format` too, at its end, as long as this lives.
