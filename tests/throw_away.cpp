@@ -95,7 +95,7 @@ std::unique_ptr<FrozenWeight> make_cut_weight(const FormatOptions& options, cons
 }
 
 const ScopedMethod kMethod(gain_method());
-const ScopedFormat kFormat({"cut", make_cut_weight});
+const ScopedFormat kFormat({"cut", make_cut_weight, /*shares_rooms=*/true});
 
 TEST(ThrowAway, TheSuitesFindAMethodAndAFormatByThemselves) {
   std::set<std::string> params;

@@ -26,12 +26,12 @@ class Trainer {
   Trainer(StepParts parts, Loader& loader, const std::vector<Batch>& eval_batches, Checkpoints& checkpoints,
           Ledger& ledger, std::vector<Observer*> observers, TrainerOptions options);
 
-  /// Collective over the world. Trains from `state` to the last step. `stop` is asked after every step on every rank;
+  /// Collective over the world. Trains from `state` to the last step. `stop` is asked in every step on every rank;
   /// if it is true on any, all save and return early. Returns the state reached: complete when step == total_steps.
   TrainingState run(TrainingState state, const std::function<bool()>& stop);
 
  private:
-  StepRecord take_step(int64_t step);
+  StepRecord take_step(int64_t step, const std::function<bool()>& stop, bool& stopping);
   void evaluate_into(StepRecord& record) const;
   void report(const StepRecord& record);
   bool due(int64_t step, int64_t every) const { return every > 0 && step % every == 0; }

@@ -13,7 +13,7 @@ namespace {
 
 std::vector<Format>& formats() {
   static std::vector<Format> table{
-      {"none", make_dense_weight, true},
+      {"none", make_dense_weight, /*shares_rooms=*/true},
       {"nf4", make_nf4_weight},
       {"int8", make_int8_weight},
   };
