@@ -17,7 +17,7 @@ def table(file, line):
 
 METHODS = (*table("methods/methods.cpp", r"&(\w+)_method\(\)"), "rslora")  # LoRA with a key that makes another of it
 OTHER = "other"  # what is about none of them
-FORMATS = tuple(name for name in table("weights/formats.cpp", r'\{"(\w+)", make_\w+_weight\}') if name != "none")
+FORMATS = tuple(name for name in table("weights/formats.cpp", r'\{"(\w+)", make_\w+_weight\b') if name != "none")
 COLUMNS = ("parity", "conformance", *(f"on {name}" for name in FORMATS), "mutants", "layouts", "resume")
 PROGRAMS = {"parity_test": "parity", "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}
 SUITES = {"Topology": "layouts", "Resume": "resume"}  # of topology_cases.h: LoRA where a case names no method

@@ -4,6 +4,9 @@
 #include "launch/checks.h"
 #include "tests/support.h"
 #include "trainer/methods/config_keys.h"
+#include "trainer/methods/merge_config.h"
+#include "trainer/methods/methods.h"
+#include "trainer/methods/rank_budget.h"
 
 // What makes no sense together is refused before anything is started, by name and with the reason.
 namespace corank::test {
@@ -111,6 +114,31 @@ TEST(Methods, OneOverrideMakesAnotherMethodOfALoraRun) {
       const bool refused = make_method(config)->trains_base() && format != "none";
       EXPECT_EQ(run_complaint({"adapter.method=" + method, "model.quantization=" + format}).empty(), !refused)
           << method << " " << format;
+    }
+  }
+}
+
+/// What a run takes from the adapter that it starts from, and what it says itself: each may be good, and not together.
+TEST(Methods, ARunFilesKeysAreCheckedBesideThoseOfItsAdapter) {
+  AdapterConfig file;
+  file.method = "adalora";
+  file.options.edit<AdaLoraConfig>().init_r = 6;
+  file.options.edit<AdaLoraConfig>().target_r = 3;
+  const auto merged = [&](const std::string& key, const std::string& value) {
+    const AdapterConfig run = read_adapter_config(Section::parse("path: there\n" + key + ": " + value, "run.yaml"));
+    return merge_with_file(run, {"path", key}, file, {{"model.layers.0.self_attn.q_proj"}, {}});
+  };
+  EXPECT_EQ(merged("init_r", "6").options.get<AdaLoraConfig>().target_r, 3);
+  EXPECT_EQ(merged("target_r", "5").options.get<AdaLoraConfig>().target_r, 5);
+  for (const auto& [key, value, words] : {std::tuple{"init_r", "7", "the run file says 7, there says 6"},
+                                          {"target_r", "7", "adapter.target_r: 7 is not in [0, init_r]"},
+                                          {"beta1", "5", "adapter.beta1: 5 is not in (0, 1)"},
+                                          {"use_rslora", "true", "belongs to method lora, dora, pissa, there holds"}}) {
+    try {
+      merged(key, value);
+      ADD_FAILURE() << key << ": " << value;
+    } catch (const ConfigError& error) {
+      EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
     }
   }
 }

@@ -295,6 +295,7 @@ class AdaLoraEntry : public MethodEntry {
     for_each_key([&](const char* key, auto member) { c.*member = section.get(key, c.*member); });
   }
   void check(const AdapterConfig& config, const Require& require) const override {
+    if (config.method != name()) return;  // a file may still bring the target_r that belongs to init_r
     const AdaLoraConfig& c = adalora_config(config);
     require.rank("init_r", c.init_r);
     require(c.target_r >= 0 && c.target_r <= c.init_r, "target_r", c.target_r, "in [0, init_r]");

@@ -84,6 +84,9 @@ AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::s
   merged.path = run.path;
   merged.loraplus_lr_ratio = run.loraplus_lr_ratio;
   merged.lora_dropout = both.writes("lora_dropout") ? run.lora_dropout : file.lora_dropout;
+  check(merged, [](const std::string& key, const std::string& message) {
+    throw ConfigError(fmt::format("adapter.{}: {}", key, message));
+  });
   return merged;
 }
 

@@ -29,7 +29,8 @@ struct RunBesideFile {
 
 /// The config of a run that starts from `file`: keys that the run file leaves out come from the file; keys in both must
 /// mean the same, else ConfigError naming both. `written` holds the keys of the run's adapter section, `modules` the
-/// names of the run's model. InputError if the file's targets are not of this model.
+/// names of the run's model. Checked as a whole: two values that each file may have need not go together. InputError if
+/// the file's targets are not of this model.
 AdapterConfig merge_with_file(const AdapterConfig& run, const std::vector<std::string>& written,
                               const AdapterConfig& file, const ModuleNames& modules);
 
