@@ -7,6 +7,7 @@
 #include "configs/error.h"
 #include "data/file.h"
 #include "data/h5.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
@@ -198,7 +199,7 @@ void TokenFile::validate(int64_t vocab_size) const {
   }
 }
 
-void write_token_file(const std::string& path, const std::vector<Sample>& samples, int64_t vocab_size,
+void write_token_file(Storage& storage, const std::string& path, const std::vector<Sample>& samples, int64_t vocab_size,
                       const std::string& source) {
   std::vector<at::Tensor> tokens{at::empty({0}, at::kInt)}, masks{at::empty({0}, at::kByte)};
   at::Tensor offsets = at::zeros({static_cast<int64_t>(samples.size()) + 1}, at::kLong);
@@ -218,7 +219,7 @@ void write_token_file(const std::string& path, const std::vector<Sample>& sample
   writer.attribute("tokenizer", "none");
   writer.attribute("source", source);
   writer.attribute("created", utc_now());
-  write_file_atomically(path, writer.finish());
+  storage.write_file(path, writer.finish());
 }
 
 }  // namespace corank

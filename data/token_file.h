@@ -8,6 +8,8 @@
 
 namespace corank {
 
+class Storage;
+
 /// One sample: token ids and which of them are targets.
 struct Sample {
   at::Tensor tokens;     ///< int32 [T]
@@ -57,8 +59,8 @@ class TokenFile {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Writes a token file (tests, random benchmark data); data/prepare writes the same from text. StorageError.
-void write_token_file(const std::string& path, const std::vector<Sample>& samples, int64_t vocab_size,
+/// Writes a token file (tests); data/prepare writes the same from text. StorageError.
+void write_token_file(Storage& storage, const std::string& path, const std::vector<Sample>& samples, int64_t vocab_size,
                       const std::string& source);
 
 }  // namespace corank
