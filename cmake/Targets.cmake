@@ -5,11 +5,19 @@ set(warnings -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual)
 if(CORANK_WERROR) # g++ 12 and 13 see these three in inlined std::string and std::vector code that is right
   list(APPEND warnings -Werror -Wno-error=array-bounds -Wno-error=stringop-overflow -Wno-error=restrict)
 endif()
+if(CMAKE_UNITY_BUILD) # a warning about headers, which there hits sources: each is included by its batch
+  list(APPEND warnings -Wno-subobject-linkage)
+endif()
 target_compile_options(corank_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${warnings}>")
 if(CORANK_ASAN)
   target_compile_options(corank_options INTERFACE
     "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address,undefined;-fno-sanitize=vptr;-fno-omit-frame-pointer;-Wno-maybe-uninitialized>")
   target_link_options(corank_options INTERFACE -fsanitize=address,undefined)
+endif()
+if(CORANK_TSAN) # -Wno-tsan: atomic_thread_fence of ATen's headers, which ThreadSanitizer does not see
+  target_compile_options(corank_options INTERFACE
+    "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=thread;-fno-omit-frame-pointer;-Wno-tsan;-Wno-maybe-uninitialized>")
+  target_link_options(corank_options INTERFACE -fsanitize=thread)
 endif()
 if(CORANK_CUDA)
   target_compile_definitions(corank_options INTERFACE CORANK_HAS_CUDA=1)

@@ -14,7 +14,7 @@ namespace corank::h5 {
 namespace {
 
 constexpr int kMaxGroupDepth = 32;
-constexpr at::ScalarType kTypes[] = {at::kInt, at::kLong, at::kByte, at::kFloat, at::kDouble};
+constexpr at::ScalarType kH5Types[] = {at::kInt, at::kLong, at::kByte, at::kFloat, at::kDouble};
 
 // An image: its buffer is the udata.
 void* image_buffer(size_t, H5FD_file_image_op_t, void* udata) { return udata; }
@@ -136,7 +136,7 @@ struct Reader::Impl {
 
   at::ScalarType dtype_of(const Handle& dataset, const std::string& name) const {
     const Handle type = own(H5Dget_type(dataset.get()), H5Tclose, name + ": its type cannot be read");
-    for (const at::ScalarType candidate : kTypes) {
+    for (const at::ScalarType candidate : kH5Types) {
       if (H5Tequal(type.get(), file_type(candidate)) > 0) return candidate;
     }
     refuse(name + " is not of type int32, int64, uint8, float32 or float64, little-endian");

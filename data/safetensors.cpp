@@ -24,10 +24,10 @@ static_assert(std::endian::native == std::endian::little, "the format is little-
 constexpr int64_t kLengthBytes = 8;
 constexpr int64_t kMaxHeaderBytes = int64_t{16} << 20;
 constexpr size_t kMaxTensors = 200'000;
-constexpr size_t kMaxKeys = 5 * kMaxTensors;
+constexpr size_t kMaxHeaderKeys = 5 * kMaxTensors;
 constexpr size_t kMaxNameBytes = 512;
-constexpr size_t kMaxRank = 8;
-constexpr size_t kMaxDepth = 4;
+constexpr size_t kMaxDimensions = 8;
+constexpr size_t kMaxHeaderDepth = 4;
 constexpr size_t kAlignment = 8;
 const char* const kMetadata = "__metadata__";
 
@@ -35,9 +35,9 @@ struct TypeName {
   at::ScalarType type;
   const char* name;
 };
-constexpr TypeName kTypes[] = {{at::kDouble, "F64"}, {at::kFloat, "F32"}, {at::kBFloat16, "BF16"},
-                               {at::kHalf, "F16"},   {at::kLong, "I64"},  {at::kInt, "I32"},
-                               {at::kChar, "I8"},    {at::kByte, "U8"},   {at::kBool, "BOOL"}};
+constexpr TypeName kSafetensorsTypes[] = {{at::kDouble, "F64"}, {at::kFloat, "F32"}, {at::kBFloat16, "BF16"},
+                                          {at::kHalf, "F16"},   {at::kLong, "I64"},  {at::kInt, "I32"},
+                                          {at::kChar, "I8"},    {at::kByte, "U8"},   {at::kBool, "BOOL"}};
 
 bool good_name(const std::string& name) {
   const auto good = [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '_' || c == '-'; };
@@ -70,7 +70,7 @@ class Header {
   void parse(const std::string& text, std::map<std::string, TensorInfo>& tensors,
              std::map<std::string, std::string>& metadata) const {
     if (text.empty() || text[0] != '{') refuse("the header does not begin with {");
-    const json header = parse_json(text, origin_, kMaxDepth, kMaxKeys);
+    const json header = parse_json(text, origin_, kMaxHeaderDepth, kMaxHeaderKeys);
     for (const auto& [name, value] : header.items()) {
       if (name == kMetadata) {
         metadata = parse_metadata(value);
@@ -109,7 +109,7 @@ class Header {
 
   at::ScalarType parse_type(const std::string& tensor, const json& value) const {
     std::string allowed;
-    for (const auto& [type, name] : kTypes) {
+    for (const auto& [type, name] : kSafetensorsTypes) {
       if (value == name) return type;
       allowed += std::string(allowed.empty() ? "" : ", ") + name;
     }
@@ -122,7 +122,8 @@ class Header {
                           value.contains("shape") && value.contains("data_offsets");
     if (!complete) refuse(tensor + ": must have exactly dtype, shape and data_offsets");
     TensorInfo info{parse_type(tensor, value["dtype"]), parse_numbers(tensor + ": shape", value["shape"])};
-    if (info.shape.size() > kMaxRank) refuse(tensor + ": more than " + std::to_string(kMaxRank) + " dimensions");
+    if (info.shape.size() > kMaxDimensions)
+      refuse(tensor + ": more than " + std::to_string(kMaxDimensions) + " dimensions");
     const std::vector<int64_t> offsets = parse_numbers(tensor + ": data_offsets", value["data_offsets"]);
     if (offsets.size() != 2 || offsets[0] > offsets[1] || offsets[1] > data_bytes_) {
       refuse(tensor + ": data_offsets " + shown(value["data_offsets"]) + " do not lie within the file's " +
@@ -261,11 +262,11 @@ std::string safetensors_header(const std::vector<std::pair<std::string, TensorIn
   if (!metadata.empty()) header[kMetadata] = metadata;
   int64_t end = 0;
   for (const auto& [name, info] : tensors) {
-    const auto type = std::find_if(std::begin(kTypes), std::end(kTypes),
+    const auto type = std::find_if(std::begin(kSafetensorsTypes), std::end(kSafetensorsTypes),
                                    [&wanted = info.dtype](const TypeName& known) { return known.type == wanted; });
     int64_t bytes = 0;
-    if (type == std::end(kTypes) || !good_name(name) || name == kMetadata || header.contains(name) ||
-        info.shape.size() > kMaxRank || !count_bytes(info, bytes)) {
+    if (type == std::end(kSafetensorsTypes) || !good_name(name) || name == kMetadata || header.contains(name) ||
+        info.shape.size() > kMaxDimensions || !count_bytes(info, bytes)) {
       throw InternalError("tensor " + name + " of type " + c10::toString(info.dtype) +
                           " cannot be written as safetensors: the type, the name (doubled or with characters other "
                           "than letters, digits, '.', '_' and '-') or the shape is not accepted.");

@@ -18,13 +18,15 @@ using nlohmann::json;
 using Pieces = std::set<std::pair<int64_t, std::string>>;  // by id, then by bytes
 
 constexpr int64_t kMaxBytes = int64_t{64} << 20;
-constexpr size_t kMaxDepth = 64, kMaxKeys = 8'000'000;
+constexpr size_t kMaxTokenizerDepth = 64, kMaxTokenizerKeys = 8'000'000;
 
 /// Hashes a tokenizer.json part by part.
 class Fingerprint {
  public:
   Fingerprint(const std::string& text, const std::string& origin)
-      : origin_(origin), root_(parse_json(text, origin, kMaxDepth, kMaxKeys)), model_(member(root_, "model")) {}
+      : origin_(origin),
+        root_(parse_json(text, origin, kMaxTokenizerDepth, kMaxTokenizerKeys)),
+        model_(member(root_, "model")) {}
 
   std::string hex() {
     add_tokens();

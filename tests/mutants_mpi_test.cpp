@@ -1,6 +1,5 @@
 #include "tests/conformance.h"
 #include "trainer/methods/mora_update.h"
-#include "trainer/ops/matmul.h"
 
 // Tests of the tests: errors that are planted from outside into the parts of a run. The rule of conformance.h that is
 // there to find one must hold without it and break with it.
@@ -200,12 +199,10 @@ class ZeroPadded : public Update {
   at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override {
     const at::Tensor update = mora_.forward(at::constant_pad_nd(x_NI, {0, padding_}), zeros_, {}, saved);
-    return update + ops::affine(x_NI, w.dense_OI(), bias_O);
+    return update + w.multiply(x_NI, bias_O);
   }
-  std::vector<at::Tensor> backward(const at::Tensor&, const at::Tensor&, const Matrix&, const std::vector<at::Tensor>&,
-                                   bool, at::Tensor&) const override {
-    return {};
-  }
+  void backward(const at::Tensor&, const at::Tensor&, const Matrix&, const std::vector<at::Tensor>&,
+                const InputGradient&) const override {}
 
  private:
   static ops::Mora padded_mora(const LinearSite& site, const ops::Weight& m_RR, ops::Grouping grouping, int64_t in) {
@@ -218,14 +215,8 @@ class ZeroPadded : public Update {
     return mora;
   }
 
-  struct Zeros : Matrix {
-    explicit Zeros(at::Tensor all) : all_OI(std::move(all)) {}
-    at::Tensor dense_OI() const override { return all_OI; }
-    at::Tensor all_OI;
-  };
-
   int64_t padding_;
-  Zeros zeros_;
+  DenseMatrix zeros_;
   MoraUpdate mora_;
 };
 

@@ -8,8 +8,8 @@
 #include "data/safetensors.h"
 #include "tests/golden_case.h"
 #include "trainer/files/peft_config.h"
+#include "trainer/methods/diagonal_update.h"
 #include "trainer/methods/dora_update.h"
-#include "trainer/methods/low_rank_update.h"
 #include "trainer/ops/gram.h"
 #include "trainer/ops/svd.h"
 #include "trainer/run/generation.h"
@@ -24,12 +24,6 @@ using nlohmann::json;
 
 // ---- One layer
 
-struct Fixed : Matrix {
-  explicit Fixed(at::Tensor w) : w_OI(std::move(w)) {}
-  at::Tensor dense_OI() const override { return w_OI; }
-  at::Tensor w_OI;
-};
-
 struct Results {
   at::Tensor y, dx;
   std::vector<at::Tensor> leaves;  ///< gradients, in the order of the update's leaves
@@ -39,13 +33,16 @@ Results run(const Update& update, const at::Tensor& x, const at::Tensor& g, cons
   Results r;
   std::vector<at::Tensor> saved;
   r.y = update.forward(x, w, bias, saved);
-  r.leaves = update.backward(g, x, w, saved, /*needs_dx=*/true, r.dx);
+  for (const at::Tensor& leaf : update.leaves()) leaf.mutable_grad() = at::Tensor();
+  r.dx = at::empty_like(x);
+  update.backward(g, x, w, saved, {r.dx, Write::over});
+  for (const at::Tensor& leaf : update.leaves()) r.leaves.push_back(leaf.grad());
   return r;
 }
 
 /// n [O] of one linear.
 at::Tensor row_norms(const at::Tensor& w_OI, const LowRank& factors) {
-  const Fixed w(w_OI);
+  const DenseMatrix w(w_OI);
   return squared_row_norms(squared_row_norms(w_OI, at::kFloat).unsqueeze(0), {&w}, {factors})[0].sqrt();
 }
 
@@ -59,7 +56,7 @@ class Layer : public testing::Test {
   ops::Weight trained(const std::string& name) const { return {base(name), read(name)}; }
   double scalar(const char* name) const { return scalars_[name].get<double>(); }
   double scale() const { return scalar("alpha") / scalar("r"); }
-  Fixed w() const { return Fixed(base("W")); }
+  DenseMatrix w() const { return DenseMatrix(base("W")); }
 
   LowRank lora(const ops::Dropout& dropout = {}) const { return {trained("A"), trained("B"), scale(), dropout}; }
   DiagonalUpdate adalora() const {
@@ -122,7 +119,7 @@ TEST_F(Row03, AndRow04LoraAndRsLora) {
   const auto value = [&](const std::string& name) { return file.read(name); };
   for (const auto& [prefix, scale] : {std::pair{"", 2.0}, std::pair{"rslora.", 16 / std::sqrt(8.0)}}) {
     const LowRankUpdate update({{value("A"), value("A")}, {value("B"), value("B")}, scale, {}});
-    const Results r = run(update, value("x"), value("g"), Fixed(value("W")), {});
+    const Results r = run(update, value("x"), value("g"), DenseMatrix(value("W")), {});
     const std::string of = prefix;
     EXPECT_LT(relative_error(r.y, value(of + "y")), 2e-6) << of;
     EXPECT_LT(relative_error(r.leaves[0], value(of + "dA")), 5e-6) << of;

@@ -14,7 +14,7 @@
 namespace corank {
 namespace {
 
-struct Arguments : CommandLine {
+struct BenchStepArguments : CommandLine {
   int64_t steps = 20, warmup = 3;
 };
 
@@ -43,7 +43,7 @@ double median(std::vector<double> values) {
   return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
 }
 
-int run_bench_step(const Arguments& a, const World& world) {
+int run_bench_step(const BenchStepArguments& a, const World& world) {
   const int threads = share_cores(world);
   const RunConfig run = read_run(a.run_file, a.overrides);
   check_together(check_bench, run, world);
@@ -90,7 +90,7 @@ int run_bench_step(const Arguments& a, const World& world) {
 }  // namespace
 
 std::function<int(const World*)> declare_bench_step(CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<BenchStepArguments>();
   add_run_options(app, *a);
   app.add_option("--steps", a->steps, "timed steps")->check(CLI::Range(1, 100000));
   app.add_option("--warmup", a->warmup, "steps before them")->check(CLI::Range(0, 1000));

@@ -16,7 +16,7 @@
 namespace corank {
 namespace {
 
-struct Arguments {
+struct CombineArguments {
   std::vector<std::string> inputs;
   std::vector<double> weights;
   std::string how, output;
@@ -24,7 +24,7 @@ struct Arguments {
   bool json = false;
 };
 
-std::vector<WeightedAdapter> read_all(const Arguments& a) {
+std::vector<WeightedAdapter> read_all(const CombineArguments& a) {
   if (a.weights.size() != a.inputs.size()) {
     throw ConfigError(fmt::format("--weights: {} weights for {} adapters. Give one for each, in their order.",
                                   a.weights.size(), a.inputs.size()));
@@ -38,7 +38,7 @@ std::vector<WeightedAdapter> read_all(const Arguments& a) {
   return adapters;
 }
 
-int run_combine(const Arguments& a) {
+int run_combine(const CombineArguments& a) {
   refuse_foreign_folder(a.output);
   const SavedAdapter result = combine(read_all(a), a.how, a.rank);
   write_peft_folder(a.output, result);
@@ -52,7 +52,7 @@ int run_combine(const Arguments& a) {
 }  // namespace
 
 std::function<int(const World*)> declare_combine(CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<CombineArguments>();
   app.add_option("adapters", a->inputs, "PEFT folders, checkpoint folders or adapter.h5 files")->required();
   app.add_option("--weights", a->weights, "one number for each adapter, comma-separated")
       ->required()

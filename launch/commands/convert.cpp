@@ -14,7 +14,7 @@
 namespace corank {
 namespace {
 
-struct Arguments {
+struct ConvertArguments {
   std::string input, output, as = "peft", base;
   std::optional<int64_t> rank;
   std::optional<double> max_error;
@@ -22,17 +22,18 @@ struct Arguments {
 };
 
 /// What was written: one JSON object, or a sentence.
-void report(const Arguments& a, const nlohmann::ordered_json& object, const std::string& text) {
+void print_conversion(const ConvertArguments& a, const nlohmann::ordered_json& object, const std::string& text) {
   fmt::print("{}\n", a.json ? json_text(object) : printable(text));
 }
 
-int export_peft(const Arguments& a, const SavedAdapter& adapter) {
+int export_peft(const ConvertArguments& a, const SavedAdapter& adapter) {
   if (a.rank || a.max_error || !a.base.empty()) {
     throw ConfigError("--r, --max-error and --base belong to --as plain-lora. Leave them out, or add it.");
   }
   write_peft_folder(a.output, adapter);
-  report(a, summary(a.output, adapter),
-         fmt::format("{}: {} tensors. {}", a.output, adapter.tensors.size(), make_method(adapter.config)->consumers()));
+  print_conversion(
+      a, summary(a.output, adapter),
+      fmt::format("{}: {} tensors. {}", a.output, adapter.tensors.size(), make_method(adapter.config)->consumers()));
   return 0;
 }
 
@@ -49,7 +50,7 @@ std::string error_text(const PlainLora& plain) {
                      worst.first, sum / static_cast<double>(plain.errors.size()));
 }
 
-int export_plain_lora(const Arguments& a, SavedAdapter adapter) {
+int export_plain_lora(const ConvertArguments& a, SavedAdapter adapter) {
   PlainLoraOptions options;
   options.rank = a.rank;
   options.max_error = a.max_error.value_or(options.max_error);
@@ -58,35 +59,35 @@ int export_plain_lora(const Arguments& a, SavedAdapter adapter) {
   write_peft_folder(a.output, plain.file);
   nlohmann::ordered_json object = summary(a.output, plain.file);
   for (const auto& [module, error] : plain.errors) object["errors"][module] = error;
-  report(a, object,
-         fmt::format("{}: plain LoRA of rank {}, {} tensors. {}", a.output, plain.file.config.r,
-                     plain.file.tensors.size(), error_text(plain)));
+  print_conversion(a, object,
+                   fmt::format("{}: plain LoRA of rank {}, {} tensors. {}", a.output, plain.file.config.r,
+                               plain.file.tensors.size(), error_text(plain)));
   return 0;
 }
 
-int run_export(const Arguments& a) {
+int run_export(const ConvertArguments& a) {
   refuse_own_input(a.input, a.output);
   refuse_foreign_folder(a.output);
   const SavedAdapter adapter = read_checked(a.input);
   return a.as == "plain-lora" ? export_plain_lora(a, adapter) : export_peft(a, adapter);
 }
 
-int run_import(const Arguments& a) {
+int run_import(const ConvertArguments& a) {
   if (a.output.size() < 4 || !a.output.ends_with(".h5")) throw ConfigError("--out: give a file name that ends in .h5");
   refuse_own_input(a.input, a.output);
   refuse_foreign_file(a.output);
   const SavedAdapter adapter = read_checked(a.input);
   write_file_atomically(a.output, adapter_h5_image(adapter));
-  report(a, summary(a.output, adapter),
-         fmt::format("{}: {} tensors, rank {}, alpha {}", a.output, adapter.tensors.size(), adapter.config.r,
-                     adapter.config.lora_alpha));
+  print_conversion(a, summary(a.output, adapter),
+                   fmt::format("{}: {} tensors, rank {}, alpha {}", a.output, adapter.tensors.size(), adapter.config.r,
+                               adapter.config.lora_alpha));
   return 0;
 }
 
 }  // namespace
 
 std::function<int(const World*)> declare_export(CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<ConvertArguments>();
   app.add_option("checkpoint", a->input, "checkpoint folder or adapter.h5")->required();
   app.add_option("--out", a->output, "folder to write")->required();
   app.add_option("--as", a->as, "peft, or plain-lora: one rank and one alpha, for consumers that know nothing else")
@@ -103,7 +104,7 @@ std::function<int(const World*)> declare_export(CLI::App& app) {
 }
 
 std::function<int(const World*)> declare_import(CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<ConvertArguments>();
   app.add_option("peft_dir", a->input, "PEFT folder")->required();
   app.add_option("--out", a->output, "adapter file to write, .h5")->required();
   app.add_flag("--json", a->json, "one JSON object");

@@ -23,7 +23,7 @@ constexpr int64_t kMaxNewTokens = 1'000'000;
 constexpr int64_t kMaxConfigBytes = int64_t{1} << 24;
 constexpr const char* kEnd = "eos_token_id";
 
-struct Arguments : CommandLine {
+struct GenerateArguments : CommandLine {
   std::string prompt, stop_tokens;  ///< ids, comma-separated
   GenerationOptions options;
   std::vector<std::string> adapters;  ///< NAME=PATH
@@ -61,7 +61,7 @@ void check_options(const GenerationOptions& o) {
   if (!(o.top_p > 0 && o.top_p <= 1)) throw ConfigError(fmt::format("top_p: {} is not in (0, 1].", o.top_p));
 }
 
-void check_tokens(const char* option, const std::vector<int64_t>& tokens, int64_t vocab_size) {
+void check_token_ids(const char* option, const std::vector<int64_t>& tokens, int64_t vocab_size) {
   for (const int64_t token : tokens) {
     if (token >= 0 && token < vocab_size) continue;
     throw ConfigError(fmt::format("{}: {} is not in the model's vocabulary [0, {}).", option, token, vocab_size));
@@ -117,8 +117,8 @@ Request parse_request(const std::string& line, Request request) {
 /// Collective over the mesh.
 std::vector<int64_t> answer(Inference& inference, const Request& request, int64_t max_positions) {
   check_options(request.options);
-  check_tokens("prompt", request.prompt, inference.model().vocab_size());
-  check_tokens("stop_tokens", request.options.stop_tokens, inference.model().vocab_size());
+  check_token_ids("prompt", request.prompt, inference.model().vocab_size());
+  check_token_ids("stop_tokens", request.options.stop_tokens, inference.model().vocab_size());
   const int64_t positions = static_cast<int64_t>(request.prompt.size()) + request.options.max_new_tokens;
   if (positions > max_positions) {
     throw ConfigError(
@@ -163,13 +163,13 @@ void serve(Inference& inference, const Request& defaults, int64_t max_positions)
   }
 }
 
-void check_mode(const Arguments& a) {
+void check_mode(const GenerateArguments& a) {
   if (a.serve == a.prompt.empty()) return;
   throw ConfigError(a.serve ? "--serve: prompts come from standard input. Leave --prompt-tokens out."
                             : "--prompt-tokens is missing. Give token ids, or --serve to read requests.");
 }
 
-int run_generate(const Arguments& a, const World& world) {
+int run_generate(const GenerateArguments& a, const World& world) {
   share_cores(world);
   check_mode(a);
   const std::vector<int64_t> prompt = token_ids("--prompt-tokens", a.prompt);
@@ -207,7 +207,7 @@ int run_generate(const Arguments& a, const World& world) {
 }  // namespace
 
 std::function<int(const World*)> declare_generate(CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<GenerateArguments>();
   add_run_options(app, *a);
   app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated");
   app.add_option("--max-new-tokens", a->options.max_new_tokens, "tokens to add at most")

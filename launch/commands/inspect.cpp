@@ -132,11 +132,11 @@ void print_text(const ordered_json& result) {
 }  // namespace
 
 std::function<int(const World*)> declare_inspect(CLI::App& app) {
-  struct Arguments {
+  struct InspectArguments {
     std::string path;
     bool json = false;
   };
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<InspectArguments>();
   app.add_option("path", a->path, "checkpoint, adapter, token file or model folder")->required();
   app.add_flag("--json", a->json, "one JSON object");
   return [a](const World*) {

@@ -19,7 +19,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Arguments : CommandLine {
+struct MergeArguments : CommandLine {
   std::string output, base;
 };
 
@@ -37,7 +37,7 @@ void check_run(const RunConfig& run) {
   }
 }
 
-void check_output(const Arguments& a, const RunConfig& run) {
+void check_merge_output(const MergeArguments& a, const RunConfig& run) {
   if (fs::exists(a.output) && fs::exists(run.model.path) && fs::equivalent(a.output, run.model.path)) {
     throw ConfigError(fmt::format("--out: {} is the model itself. Choose a new folder.", a.output));
   }
@@ -47,7 +47,7 @@ void check_output(const Arguments& a, const RunConfig& run) {
 }
 
 /// Whether the base is what model.quantization makes of the folder.
-bool dequantizes(const Arguments& a, const RunConfig& run) {
+bool dequantizes(const MergeArguments& a, const RunConfig& run) {
   const bool is_quantised = run.model.quantization != "none";
   if (a.base.empty()) return is_quantised;
   if (a.base == "dequantized" && !is_quantised) {
@@ -62,7 +62,7 @@ SavedAdapter adapter_of(const RunConfig& run) {
   return read_run_adapter(run, *outline_model(run.model, *solo));
 }
 
-void report(const Arguments& a, const RunConfig& run, const MergeResult& result, bool dequantize) {
+void print_merge(const MergeArguments& a, const RunConfig& run, const MergeResult& result, bool dequantize) {
   const std::string base = dequantize ? "dequantized" : run.model.quantization == "none" ? "stored" : "original";
   if (a.json) {
     fmt::print("{}\n", json_text({{"path", a.output},
@@ -80,24 +80,24 @@ void report(const Arguments& a, const RunConfig& run, const MergeResult& result,
              grouped(result.tensors), human_bytes(result.bytes), result.merged, kind, result.replaced);
 }
 
-int run_merge(const Arguments& a) {
+int run_merge(const MergeArguments& a) {
   RunConfig run = read_run(a.run_file, a.overrides);
   run.model.max_positions = 1;  // no sequence will come
   check_run(run);
-  check_output(a, run);
+  check_merge_output(a, run);
   const bool dequantize = dequantizes(a, run);
   const SavedAdapter adapter = adapter_of(with_trained_adapter(run, dequantize));
   AtomicFolder folder(a.output);
   const MergeResult result = write_merged_model(folder.path(), run.model, adapter, dequantize);
   folder.commit();
-  report(a, run, result, dequantize);
+  print_merge(a, run, result, dequantize);
   return 0;
 }
 
 }  // namespace
 
 std::function<int(const World*)> declare_merge(CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<MergeArguments>();
   add_run_options(app, *a);
   app.add_option("--out", a->output, "folder to write: new, or empty")->required();
   app.add_option("--base", a->base,

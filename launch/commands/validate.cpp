@@ -12,11 +12,11 @@
 namespace corank {
 namespace {
 
-struct Arguments : CommandLine {
+struct ValidateArguments : CommandLine {
   int ranks = 0;
 };
 
-int run_validate(const Arguments& a) {
+int run_validate(const ValidateArguments& a) {
   const RunConfig run = read_run(a.run_file, a.overrides);
   const int ranks = a.ranks > 0 ? a.ranks : static_cast<int>(run.parallel.tensor);
   const CheckedInputs inputs = check_training(run, ranks);
@@ -46,7 +46,7 @@ int run_validate(const Arguments& a) {
 }  // namespace
 
 std::function<int(const World*)> declare_validate(CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<ValidateArguments>();
   add_run_options(app, *a);
   app.add_option("--ranks", a->ranks, "number of ranks to check for (default: parallel.tensor)")
       ->check(CLI::Range(1, 1 << 20));

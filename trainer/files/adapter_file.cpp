@@ -22,7 +22,7 @@ namespace corank {
 namespace {
 
 constexpr int64_t kMaxConfigBytes = int64_t{1} << 24;
-constexpr const char* kFormat = "corank-adapter";
+constexpr const char* kAdapterFormat = "corank-adapter";
 
 /// PEFT's spellings of one tensor -> the name corank uses.
 std::string canonical_name(std::string name) {
@@ -140,7 +140,7 @@ std::string read_method(const h5::Reader& file) {
 
 SavedAdapter read_h5(const std::string& path) {
   const h5::Reader file(path);
-  if (!file.has_attribute("format") || file.attribute_string("format") != kFormat) {
+  if (!file.has_attribute("format") || file.attribute_string("format") != kAdapterFormat) {
     throw InputError(path + ": not an adapter file of corank (attribute format is missing or another).");
   }
   const std::string method = read_method(file);
@@ -212,7 +212,7 @@ void write_peft_folder(Storage& storage, const std::string& folder, SavedAdapter
 
 std::string adapter_h5_image(const SavedAdapter& adapter) {
   h5::Writer file;
-  file.attribute("format", kFormat);
+  file.attribute("format", kAdapterFormat);
   file.attribute("version", int64_t{1});
   file.attribute("base_model", adapter.base_model);
   file.attribute("method", adapter.config.method);

@@ -123,7 +123,7 @@ void add_part(Parts& parts, const WeightedAdapter& adapter) {
 }
 
 /// What stands before the number of the block: model.layers., transformer.h.
-std::string family_of(const std::string& module) { return module.substr(0, module.find_first_of("0123456789")); }
+std::string stem_of(const std::string& module) { return module.substr(0, module.find_first_of("0123456789")); }
 
 void require_float32(const std::pair<std::string, PlainFactors>& module) {
   for (const at::Tensor& factor : {module.second.a_RI, module.second.b_OR}) {
@@ -138,7 +138,7 @@ std::vector<Parts> parts_of(const std::vector<WeightedAdapter>& adapters) {
   std::vector<Parts> all;
   for (const WeightedAdapter& adapter : adapters) {
     for (const std::string& module : adapted_modules(adapter.file)) {
-      if (!all.empty() && family_of(module) != family_of(all[0].module)) {
+      if (!all.empty() && stem_of(module) != stem_of(all[0].module)) {
         throw InputError(fmt::format("{} is of {} and {} of {}. They are adapters of different models.", all[0].module,
                                      *all[0].list[0].origin, module, adapter.origin));
       }

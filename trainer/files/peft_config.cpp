@@ -22,7 +22,7 @@ std::string lower(std::string text) {
   return text;
 }
 
-std::string kind_of(const std::string& module) { return module.substr(module.rfind('.') + 1); }
+std::string last_name(const std::string& module) { return module.substr(module.rfind('.') + 1); }
 
 /// As short as is exact: the kinds of all linears, the list of the run file, else full names.
 std::vector<std::string> target_list(const AdapterConfig& config, const std::vector<std::string>& modules) {
@@ -30,7 +30,7 @@ std::vector<std::string> target_list(const AdapterConfig& config, const std::vec
   if (!config.exclude_modules.empty() || (!config.all_linear && config.target_modules.names.empty())) {
     names.insert(modules.begin(), modules.end());
   } else if (config.all_linear) {
-    for (const std::string& module : modules) names.insert(kind_of(module));
+    for (const std::string& module : modules) names.insert(last_name(module));
   } else {
     names.insert(config.target_modules.names.begin(), config.target_modules.names.end());
   }
@@ -87,7 +87,7 @@ bool is_off(const ordered_json& value) {
 }
 
 /// Why a field that parse_peft_config did not read may change the result; empty: it does not.
-std::string refusal(const std::string& key, const ordered_json& value) {
+std::string peft_refusal(const std::string& key, const ordered_json& value) {
   const auto field = std::find_if(other_fields().begin(), other_fields().end(),
                                   [&](const OtherField& one) { return key == one.name; });
   if (field == other_fields().end()) {
@@ -103,16 +103,16 @@ std::string refusal(const std::string& key, const ordered_json& value) {
   return fmt::format("{} is {}: {}, which is not supported", key, shown(value), field->why);
 }
 
-PatternPlace place(const JsonObject& file, const std::string& key) { return {file.origin() + ": " + key, true}; }
+PatternPlace place_of(const JsonObject& file, const std::string& key) { return {file.origin() + ": " + key, true}; }
 
-ModuleValues read_values(const JsonObject& file, const std::string& key) {
+ModuleValues read_peft_pattern(const JsonObject& file, const std::string& key) {
   std::vector<std::pair<std::string, double>> entries;
   if (file.has(key)) {
     const auto object = file.get<JsonObject>(key);
     for (const auto& [name, value] : object.root().items())
       entries.emplace_back(name, object.convert<double>(value, name));
   }
-  return module_values(entries, place(file, key));
+  return module_values(entries, place_of(file, key));
 }
 
 /// One value is a list of it.
@@ -126,7 +126,7 @@ ModulePattern read_modules(const JsonObject& file, const std::string& key) {
   if (!file.value(key).is_string()) return {file.get<std::vector<std::string>>(key, {}), {}};
   const auto text = file.get<std::string>(key);
   if (text.empty()) return {};
-  return {{}, NamePattern(text, place(file, key))};
+  return {{}, NamePattern(text, place_of(file, key))};
 }
 
 json lora_fields(const AdapterConfig& config, const std::vector<std::string>& modules) {
@@ -168,7 +168,7 @@ json adalora_fields(const AdaLoraConfig& c) {
           {"rank_pattern", kept}};
 }
 
-AdaLoraConfig read_adalora(const JsonObject& file) {
+AdaLoraConfig read_peft_adalora(const JsonObject& file) {
   AdaLoraConfig c;
   c.init_r = file.get("init_r", c.init_r);
   c.target_r = file.get("target_r", c.target_r);
@@ -233,7 +233,7 @@ void require_supported(const JsonObject& file) {
   file.ignore({"init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
                "rank_pattern", "alpha_pattern"});
   for (const std::string& key : file.unknown()) {
-    if (const std::string why = refusal(key, file.value(key)); !why.empty()) file.fail(why);
+    if (const std::string why = peft_refusal(key, file.value(key)); !why.empty()) file.fail(why);
   }
 }
 
@@ -257,8 +257,8 @@ std::vector<Pattern> layer_patterns(const JsonObject& file) {
   if (is_off(file.value(key))) names.clear();
   std::vector<Pattern> patterns;
   for (const std::string& name : names)
-    patterns.emplace_back(name, "(?:^|.*?\\.)" + name + number, Pattern::Extent::start, place(file, key));
-  if (names.empty()) patterns.emplace_back("", R"(.*?\.[^.]*)" + number, Pattern::Extent::start, place(file, key));
+    patterns.emplace_back(name, "(?:^|.*?\\.)" + name + number, Pattern::Extent::start, place_of(file, key));
+  if (names.empty()) patterns.emplace_back("", R"(.*?\.[^.]*)" + number, Pattern::Extent::start, place_of(file, key));
   return patterns;
 }
 
@@ -322,10 +322,10 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   c.all_linear = is_all_linear(c.target_modules);
   c.exclude_modules = read_modules(file, "exclude_modules");
   if (c.method == "adalora") {
-    c.adalora = read_adalora(file);
+    c.adalora = read_peft_adalora(file);
   } else {
-    c.rank_pattern = read_values(file, "rank_pattern");
-    c.alpha_pattern = read_values(file, "alpha_pattern");
+    c.rank_pattern = read_peft_pattern(file, "rank_pattern");
+    c.alpha_pattern = read_peft_pattern(file, "alpha_pattern");
   }
   require_supported(file);
   check(c, [&](const std::string& key, const std::string& what) { file.fail(key + ": " + what); });

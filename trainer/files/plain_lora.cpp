@@ -16,7 +16,7 @@ using Modules = std::vector<std::pair<std::string, PlainFactors>>;
 double size_of(const at::Tensor& m) { return at::linalg_vector_norm(m).item<double>(); }
 
 /// `dim` of the float32 result has `size` indices; the new ones hold zeros.
-at::Tensor padded(const at::Tensor& m, int64_t dim, int64_t size) {
+at::Tensor zero_padded(const at::Tensor& m, int64_t dim, int64_t size) {
   std::vector<int64_t> shape = m.sizes().vec();
   shape[dim] = size;
   at::Tensor result = at::zeros(shape, at::TensorOptions(at::kFloat));
@@ -118,8 +118,8 @@ SavedAdapter plain_lora(const SavedAdapter& like, const Modules& modules, int64_
   c.alpha_pattern.clear();
   c.adalora = {};
   for (const auto& [module, factors] : modules) {
-    result.tensors.emplace_back(peft_name(module, ".lora_A.weight"), padded(factors.a_RI, 0, rank));
-    result.tensors.emplace_back(peft_name(module, ".lora_B.weight"), padded(factors.b_OR, 1, rank));
+    result.tensors.emplace_back(peft_name(module, ".lora_A.weight"), zero_padded(factors.a_RI, 0, rank));
+    result.tensors.emplace_back(peft_name(module, ".lora_B.weight"), zero_padded(factors.b_OR, 1, rank));
   }
   return result;
 }

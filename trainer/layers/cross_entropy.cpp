@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kChunkElements = int64_t{1} << 26;  // logits held at once: 256 MiB in float32
 
-struct Call : torch::CustomClassHolder {
+struct CrossEntropyCall : torch::CustomClassHolder {
   VocabularyHead head;
   Communicator* tp = nullptr;
   int64_t chunk_rows = 0;
@@ -90,7 +90,7 @@ void to_gradient(const at::Tensor& logits_MV, const at::Tensor& lse_M, const at:
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h_ND, const std::optional<at::Tensor>& leaf,
                             const at::Tensor& target_rows_M, const at::Tensor& targets_M,
-                            c10::intrusive_ptr<Call> call) {
+                            c10::intrusive_ptr<CrossEntropyCall> call) {
     const at::Tensor w_VD = rows_VD(call->head);
     const bool head_trains = call->head.weight_VD.trains();
     const at::Tensor h_MD = h_ND.index_select(0, target_rows_M);
@@ -114,20 +114,20 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       if (head_trains) dw_VD.narrow(0, 0, w_VD.size(0)).add_(ops::matmul_to(dlogits.t(), h_chunk, leaf->scalar_type()));
     }
     if (call->h_needs_grad) call->tp->all_reduce(dh_MD, ReduceOp::sum, Purpose::tensor_activations);
-    ctx->save_for_backward({dh_MD, dw_VD, target_rows_M});
+    ctx->save_for_backward({dh_MD, dw_VD, target_rows_M, leaf.value_or(at::Tensor())});
     ctx->saved_data["rows"] = h_ND.size(0);
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    at::Tensor dh_ND, dw_VD;
+    at::Tensor dh_ND;
     if (saved[0].defined()) {
       dh_ND = at::zeros({ctx->saved_data["rows"].toInt(), saved[0].size(1)}, saved[0].options());
       dh_ND.index_copy_(0, saved[2], saved[0] * grads[0].to(saved[0].scalar_type()));
     }
-    if (saved[1].defined()) dw_VD = saved[1] * grads[0].to(saved[1].scalar_type());
-    return {dh_ND, dw_VD, at::Tensor(), at::Tensor(), at::Tensor()};
+    if (saved[1].defined()) ops::add_gradient(saved[3], saved[1] * grads[0].to(saved[1].scalar_type()));
+    return {dh_ND, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -135,7 +135,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
 at::Tensor cross_entropy(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
                          const VocabularyHead& head, Communicator& tp, int64_t chunk_rows) {
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<CrossEntropyCall>();
   call->head = head;
   call->tp = &tp;
   call->chunk_rows = rows_at_once(head, chunk_rows);

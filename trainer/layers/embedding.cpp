@@ -9,9 +9,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 /// Sums rows of equal index in a fixed order on every device; index_add_ would use atomics on CUDA.
-at::Tensor row_gradient(const at::Tensor& grad_ND, const at::Tensor& rows_N, const at::Tensor& leaf) {
-  return at::embedding_dense_backward(grad_ND.to(leaf.scalar_type()), rows_N, leaf.size(0), /*padding_idx=*/-1,
-                                      /*scale_grad_by_freq=*/false);
+void add_row_gradient(const at::Tensor& leaf, const at::Tensor& grad_ND, const at::Tensor& rows_N) {
+  ops::add_gradient(leaf, at::embedding_dense_backward(grad_ND.to(leaf.scalar_type()), rows_N, leaf.size(0),
+                                                       /*padding_idx=*/-1, /*scale_grad_by_freq=*/false));
 }
 
 struct Embedding : torch::autograd::Function<Embedding> {
@@ -32,7 +32,8 @@ struct Embedding : torch::autograd::Function<Embedding> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor g = grads[0] * saved[2].unsqueeze(1);
-    return {row_gradient(g, saved[1], saved[0]), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    add_row_gradient(saved[0], g, saved[1]);
+    return variable_list(5);
   }
 };
 
@@ -45,7 +46,8 @@ struct Lookup : torch::autograd::Function<Lookup> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    return {row_gradient(grads[0], saved[1], saved[0]), at::Tensor(), at::Tensor()};
+    add_row_gradient(saved[0], grads[0], saved[1]);
+    return variable_list(3);
   }
 };
 

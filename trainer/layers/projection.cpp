@@ -10,48 +10,52 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Call : torch::CustomClassHolder {
+struct ProjectionCall : torch::CustomClassHolder {
   std::vector<Projection> projections;
   std::vector<size_t> num_saved;  ///< tensors that each projection's update saved
+  int64_t inputs = 0;
   bool x_needs_grad = false;
 };
 
-/// What trains in a projection, in a fixed order: W, bias, then the update's leaves.
-variable_list leaves_of(const Projection& p) {
-  variable_list leaves;
-  if (p.matrix_leaf.defined()) leaves.push_back(p.matrix_leaf);
-  if (p.bias_O.trains()) leaves.push_back(p.bias_O.leaf);
-  if (p.update) {
-    for (const at::Tensor& leaf : p.update->leaves()) leaves.push_back(leaf);
+/// One of what trains in the projections, or undefined: autograd makes a node only where an input wants a gradient, and
+/// x need not.
+at::Tensor anchor_of(const std::vector<Projection>& projections) {
+  for (const Projection& p : projections) {
+    variable_list leaves{p.matrix_leaf, p.bias_O.leaf};
+    if (p.update) {
+      for (const at::Tensor& leaf : p.update->leaves()) leaves.push_back(leaf);
+    }
+    for (const at::Tensor& leaf : leaves) {
+      if (leaf.defined() && leaf.requires_grad()) return leaf;
+    }
   }
-  return leaves;
+  return {};
 }
 
-/// Gradients of leaves_of(p); adds to dx.
-variable_list backward_one(const Projection& p, const at::Tensor& g_NO, const at::Tensor& x_NI,
-                           const variable_list& saved, bool needs_dx, at::Tensor& dx_NI) {
-  variable_list grads;
-  if (p.matrix_leaf.defined()) grads.push_back(ops::matmul_to(g_NO.t(), x_NI, p.matrix_leaf.scalar_type()));
-  if (p.bias_O.trains()) grads.push_back(g_NO.sum(0, /*keepdim=*/false, p.bias_O.leaf.scalar_type()));
-  if (p.update) {
-    for (at::Tensor& grad : p.update->backward(g_NO, x_NI, *p.matrix, saved, needs_dx, dx_NI)) {
-      grads.push_back(std::move(grad));
-    }
-  } else if (needs_dx) {
-    ops::add_product(dx_NI, g_NO, p.matrix->dense_OI());
+void backward_one(const Projection& p, const at::Tensor& g_NO, const at::Tensor& x_NI, const variable_list& saved,
+                  const InputGradient& dx) {
+  if (p.matrix_leaf.defined()) {
+    ops::add_gradient(p.matrix_leaf, ops::matmul_to(g_NO.t(), x_NI, p.matrix_leaf.scalar_type()));
   }
-  return grads;
+  if (p.bias_O.trains()) {
+    ops::add_gradient(p.bias_O.leaf, g_NO.sum(0, /*keepdim=*/false, p.bias_O.leaf.scalar_type()));
+  }
+  if (p.update) {
+    p.update->backward(g_NO, x_NI, *p.matrix, saved, dx);
+  } else if (dx.needed()) {
+    p.matrix->multiply_transposed(g_NO, dx.dx_NI, dx.write);
+  }
 }
 
 struct ProjectionNode : torch::autograd::Function<ProjectionNode> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x_NI, at::TensorList /*leaves*/,
-                               c10::intrusive_ptr<Call> call) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x_NI,
+                               const std::optional<at::Tensor>& /*anchor*/, c10::intrusive_ptr<ProjectionCall> call) {
     variable_list outputs, saved;
     bool keep_x = false;
     for (const Projection& p : call->projections) {
       const size_t before = saved.size();
       outputs.push_back(p.update ? p.update->forward(x_NI, *p.matrix, p.bias_O.value, saved)
-                                 : ops::affine(x_NI, p.matrix->dense_OI(), p.bias_O.value));
+                                 : p.matrix->multiply(x_NI, p.bias_O.value));
       call->num_saved.push_back(saved.size() - before);
       keep_x = keep_x || p.matrix_leaf.defined() || p.update;
     }
@@ -62,37 +66,33 @@ struct ProjectionNode : torch::autograd::Function<ProjectionNode> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    auto call = c10::static_intrusive_pointer_cast<ProjectionCall>(ctx->saved_data["call"].toCapsule());
     const variable_list saved = ctx->get_saved_variables();
-    variable_list grads(1);
+    InputGradient dx;
     auto next = saved.begin();
     for (size_t i = 0; i < call->projections.size(); ++i) {
-      const Projection& p = call->projections[i];
       const variable_list own(next, next + static_cast<int64_t>(call->num_saved[i]));
       next += static_cast<int64_t>(call->num_saved[i]);
-      variable_list leaf_grads(leaves_of(p).size());
-      if (grad_outputs[i].defined()) {
-        leaf_grads =
-            backward_one(p, grad_outputs[i].contiguous(), saved.back(), own, call->x_needs_grad, grads.front());
-      }
-      grads.insert(grads.end(), leaf_grads.begin(), leaf_grads.end());
+      if (!grad_outputs[i].defined()) continue;
+      const Projection& p = call->projections[i];
+      const at::Tensor g_NO = grad_outputs[i].contiguous();
+      if (call->x_needs_grad && !dx.needed()) dx.dx_NI = at::empty({g_NO.size(0), call->inputs}, g_NO.options());
+      backward_one(p, g_NO, saved.back(), own, dx);
+      dx.write = Write::add;
     }
-    grads.emplace_back();  // the call
-    return grads;
+    return {dx.dx_NI, at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
 std::vector<at::Tensor> project(const at::Tensor& x_NI, std::vector<Projection> projections) {
-  variable_list leaves;
-  for (const Projection& p : projections) {
-    for (const at::Tensor& leaf : leaves_of(p)) leaves.push_back(leaf);
-  }
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<ProjectionCall>();
+  const at::Tensor anchor = anchor_of(projections);
   call->projections = std::move(projections);
+  call->inputs = x_NI.size(1);
   call->x_needs_grad = x_NI.requires_grad();
-  return ProjectionNode::apply(x_NI, at::TensorList(leaves), std::move(call));
+  return ProjectionNode::apply(x_NI, ops::if_defined(anchor), std::move(call));
 }
 
 }  // namespace corank

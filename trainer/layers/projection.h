@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "trainer/layers/update.h"
+#include "trainer/ops/weight.h"
 
 // Legend: N tokens, I in, O out.
 namespace corank {
@@ -16,7 +17,8 @@ struct Projection {
 };
 
 /// Outputs [N, O_i] of every projection of x_NI. One node for all of them, so that x is kept once and its gradient is
-/// formed in one buffer: dx = sum_i g_i W_i and what the updates add. Kept for backward: x (only where something
+/// formed in one buffer: dx = sum_i g_i W_i and what the updates add. Gradients of what trains go to the leaves
+/// themselves (ops::add_gradient). Kept for backward: x (only where something
 /// trains) and what the updates save; never a [O, I] tensor.
 std::vector<at::Tensor> project(const at::Tensor& x_NI, std::vector<Projection> projections);
 

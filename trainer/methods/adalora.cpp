@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "trainer/methods/attach.h"
+#include "trainer/methods/diagonal_update.h"
 #include "trainer/methods/lora_factors.h"
 #include "trainer/methods/methods.h"
 #include "trainer/methods/rank_budget.h"

@@ -13,7 +13,7 @@
 namespace corank {
 namespace {
 
-constexpr size_t kMaxKeys = 1000;  // of rank_pattern or alpha_pattern: more than any model has linears
+constexpr size_t kMaxPatternKeys = 1000;  // of rank_pattern or alpha_pattern: more than any model has linears
 
 /// The first match in file order.
 std::optional<double> first_match(const ModuleValues& values, const std::string& module) {
@@ -23,7 +23,7 @@ std::optional<double> first_match(const ModuleValues& values, const std::string&
   return std::nullopt;
 }
 
-std::string refusal(const AdapterKey& key, const std::string& method) {
+std::string refusal_of_key(const AdapterKey& key, const std::string& method) {
   return fmt::format("belongs to method {}, this run's method is {}", fmt::join(key.methods, ", "), method);
 }
 
@@ -31,7 +31,8 @@ std::string refusal(const AdapterKey& key, const std::string& method) {
 void require_keys_of_method(const Section& section, const AdapterConfig& c) {
   if (!c.path.empty() && !section.has("method")) return;
   for (const AdapterKey& key : adapter_keys()) {
-    if (section.has(key.name) && !key.shared && !key.of(c.method)) section.fail(key.name, refusal(key, c.method));
+    if (section.has(key.name) && !key.shared && !key.of(c.method))
+      section.fail(key.name, refusal_of_key(key, c.method));
   }
 }
 
@@ -170,7 +171,8 @@ bool is_all_linear(const ModulePattern& targets) {
 }
 
 ModuleValues module_values(const std::vector<std::pair<std::string, double>>& entries, const PatternPlace& place) {
-  if (entries.size() > kMaxKeys) place.fail(fmt::format("{} keys are more than {}", entries.size(), kMaxKeys));
+  if (entries.size() > kMaxPatternKeys)
+    place.fail(fmt::format("{} keys are more than {}", entries.size(), kMaxPatternKeys));
   ModuleValues values;
   for (const auto& [key, value] : entries) values.emplace_back(KeyPattern(key, place), value);
   return values;

@@ -66,42 +66,40 @@ std::vector<at::Tensor> DoraUpdate::leaves() const { return {f_.a_RI.leaf, f_.b_
 
 at::Tensor DoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                                std::vector<at::Tensor>& saved) const {
-  const at::Tensor w_OI = w.dense_OI();
   const at::Tensor dropped_NI = ops::dropout(x_NI, f_.dropout);
   const at::Tensor u_NR = at::mm(dropped_NI, f_.a_RI.value.t());
-  at::Tensor q_NO = at::mm(dropped_NI, w_OI.t());
   saved.push_back(u_NR);
   if (!f_.dropout.active()) {
+    at::Tensor q_NO = w.multiply(x_NI, {});
     scaled_sum(q_NO, u_NR, f_, s_.gamma_O);
     saved.push_back(q_NO);
     return bias_O.defined() ? q_NO + bias_O : s_.overwritten ? q_NO.clone() : q_NO;
   }
+  const auto twice = w.unpacked();
+  at::Tensor q_NO = twice->multiply(dropped_NI, {}), y_NO = twice->multiply(x_NI, {});
   const at::Tensor low_NO = at::mm(u_NR, f_.b_OR.value.t()).mul_(f_.scale);
-  at::Tensor y_NO = at::mm(x_NI, w_OI.t());
   y_NO.add_(scale_columns(q_NO, s_.gamma_O - 1)).add_(scale_columns(low_NO, s_.gamma_O));
   saved.push_back(q_NO.add_(low_NO));
   return bias_O.defined() ? y_NO.add_(bias_O) : y_NO;
 }
 
-std::vector<at::Tensor> DoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
-                                             const std::vector<at::Tensor>& saved, bool needs_dx,
-                                             at::Tensor& dx_NI) const {
+void DoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
+                          const std::vector<at::Tensor>& saved, const InputGradient& dx) const {
   const bool dropped = f_.dropout.active();
   const auto [h_NO, dm_O, hu_OR] =
       behind(g_NO, saved[1], saved[0], s_.gamma_O, dropped ? s_.inverse_norm_O : s_.inverse_magnitude_O);
-  LowRankGradients grads = low_rank_gradients(f_, h_NO, ops::dropout(x_NI, f_.dropout), hu_OR);
-  grads.leaves.push_back(dm_O);
-  if (!needs_dx) return std::move(grads.leaves);
-  const at::Tensor w_OI = w.dense_OI();
-  if (dropped) {
-    ops::add_product(dx_NI, g_NO, w_OI);
-    at::Tensor behind_NI = at::mm(scale_columns(g_NO, s_.gamma_O - 1), w_OI);
-    dx_NI.add_(ops::dropout(behind_NI.addmm_(grads.du_NR, f_.a_RI.value), f_.dropout));
-  } else {
-    ops::add_product(dx_NI, h_NO, w_OI);
-    dx_NI.addmm_(grads.du_NR, f_.a_RI.value);
-  }
-  return std::move(grads.leaves);
+  const LowRankGradients grads = low_rank_gradients(f_, h_NO, ops::dropout(x_NI, f_.dropout), hu_OR);
+  ops::add_gradient(f_.a_RI.leaf, grads.da_RI);
+  ops::add_gradient(f_.b_OR.leaf, grads.db_OR);
+  ops::add_gradient(s_.magnitude_leaf_O, dm_O);
+  if (!dx.needed()) return;
+  const LowRankTerm through_a{grads.du_NR, f_.a_RI.value};
+  if (!dropped) return w.multiply_transposed(h_NO, dx.dx_NI, dx.write, through_a);
+  const auto twice = w.unpacked();
+  twice->multiply_transposed(g_NO, dx.dx_NI, dx.write);
+  const at::Tensor behind_NI = at::empty_like(dx.dx_NI);
+  twice->multiply_transposed(scale_columns(g_NO, s_.gamma_O - 1), behind_NI, Write::over, through_a);
+  dx.dx_NI.add_(ops::dropout(behind_NI, f_.dropout));
 }
 
 at::Tensor squared_row_norms(const at::Tensor& w_OI, at::ScalarType dtype) {

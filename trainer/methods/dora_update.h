@@ -1,5 +1,5 @@
 #pragma once
-#include "trainer/methods/low_rank_update.h"
+#include "trainer/layers/low_rank.h"
 
 // Legend: N tokens, I in, O out, R rank.
 namespace corank {
@@ -24,9 +24,8 @@ class DoraUpdate : public Update {
   std::vector<at::Tensor> leaves() const override;
   at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override;
-  std::vector<at::Tensor> backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
-                                   const std::vector<at::Tensor>& saved, bool needs_dx,
-                                   at::Tensor& dx_NI) const override;
+  void backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w, const std::vector<at::Tensor>& saved,
+                const InputGradient& dx) const override;
 
  private:
   LowRank f_;

@@ -1,7 +1,7 @@
 #pragma once
 #include "trainer/layers/adapter.h"
+#include "trainer/layers/low_rank.h"
 #include "trainer/methods/config.h"
-#include "trainer/methods/low_rank_update.h"
 #include "trainer/methods/peft_name.h"
 
 namespace corank {

@@ -24,14 +24,14 @@ struct MoraType {
   ops::Grouping compress, decompress;
 };
 
-constexpr MoraType kTypes[] = {
+constexpr MoraType kMoraTable[] = {
     {1, ops::Grouping::modulo, ops::Grouping::modulo}, {2, ops::Grouping::block, ops::Grouping::block},
     {3, ops::Grouping::block, ops::Grouping::modulo},  {4, ops::Grouping::modulo, ops::Grouping::block},
     {6, ops::Grouping::rotate, ops::Grouping::rotate},
 };
 
-const MoraType& type_of(int64_t number) {
-  for (const MoraType& type : kTypes) {
+const MoraType& mora_type(int64_t number) {
+  for (const MoraType& type : kMoraTable) {
     if (type.number == number) return type;
   }
   throw ConfigError(fmt::format("adapter.mora_type: {} is not one of 1, 2, 3, 4, 6", number));
@@ -89,13 +89,13 @@ class MoraAdapter : public Adapter {
   ops::Rotation rotation_;
 };
 
-class Mora : public AdapterMethod {
+class MoraMethod : public AdapterMethod {
  public:
-  explicit Mora(AdapterConfig config)
+  explicit MoraMethod(AdapterConfig config)
       : AdapterMethod(std::move(config)),
         remora_(config_.remora),
         types_(remora_.types.empty() ? std::vector{config_.mora_type} : remora_.types) {
-    for (const int64_t type : types_) type_of(type);  // or refuses
+    for (const int64_t type : types_) mora_type(type);  // or refuses
   }
 
   void attach(Model& model, ParameterStore& store, uint64_t /*seed*/) override {
@@ -210,7 +210,7 @@ class Mora : public AdapterMethod {
 
   bool groups_by(ops::Grouping grouping) const {
     return std::any_of(types_.begin(), types_.end(), [&](int64_t number) {
-      return type_of(number).compress == grouping || type_of(number).decompress == grouping;
+      return mora_type(number).compress == grouping || mora_type(number).decompress == grouping;
     });
   }
 
@@ -228,7 +228,7 @@ class Mora : public AdapterMethod {
     return side;
   }
 
-  const MoraType& type_after(size_t restarts) const { return type_of(types_[restarts % types_.size()]); }
+  const MoraType& type_after(size_t restarts) const { return mora_type(types_[restarts % types_.size()]); }
   const at::Tensor& master_of(const Square& square) const {
     return store_->at(peft_name(square.linear->name(), kMatrix)).master;
   }
@@ -276,6 +276,6 @@ class Mora : public AdapterMethod {
 
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_mora(const AdapterConfig& config) { return std::make_unique<Mora>(config); }
+std::unique_ptr<AdapterMethod> make_mora(const AdapterConfig& config) { return std::make_unique<MoraMethod>(config); }
 
 }  // namespace corank

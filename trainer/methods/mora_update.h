@@ -13,9 +13,8 @@ class MoraUpdate : public Update {
   std::vector<at::Tensor> leaves() const override { return {s_.m_RR.leaf}; }
   at::Tensor forward(const at::Tensor& x_NI, const Matrix& w, const at::Tensor& bias_O,
                      std::vector<at::Tensor>& saved) const override;
-  std::vector<at::Tensor> backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w,
-                                   const std::vector<at::Tensor>& saved, bool needs_dx,
-                                   at::Tensor& dx_NI) const override;
+  void backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const Matrix& w, const std::vector<at::Tensor>& saved,
+                const InputGradient& dx) const override;
 
  private:
   ops::Mora s_;

@@ -21,10 +21,10 @@ namespace {
 using torch::autograd::variable_list;
 
 /// Builds a model's parts from a weight source: this rank's shards, in the run's dtype, on its device.
-class Loader {
+class PartLoader {
  public:
-  Loader(const DecoderConfig& config, const ModelOptions& options, std::shared_ptr<WeightSource> source,
-         Communicator& tp)
+  PartLoader(const DecoderConfig& config, const ModelOptions& options, std::shared_ptr<WeightSource> source,
+             Communicator& tp)
       : fan_in_fan_out_(config.fan_in_fan_out), options_(options), source_(std::move(source)), tp_(tp) {}
 
   /// The linear's rows are sections of sizes `outs`, each split for itself.
@@ -117,7 +117,7 @@ ops::Dropout base_dropout(double p, const std::string& place, const ForwardConte
 /// RMSNorm or LayerNorm of the residual stream.
 class Norm {
  public:
-  Norm(std::string name, const DecoderConfig& c, Loader& load)
+  Norm(std::string name, const DecoderConfig& c, PartLoader& load)
       : name_(std::move(name)), eps_(c.norm_eps), weight_D_(load.vector(name_ + ".weight", c.hidden_size)) {
     if (c.layer_norm) bias_D_ = load.vector(name_ + ".bias", c.hidden_size);
   }
@@ -143,7 +143,7 @@ class Norm {
 /// RMSNorm of every head, with one weight for all; none where the family has no name for it.
 class HeadNorm {
  public:
-  HeadNorm(const std::string& layer, const std::string& name, const DecoderConfig& c, Loader& load)
+  HeadNorm(const std::string& layer, const std::string& name, const DecoderConfig& c, PartLoader& load)
       : name_(layer + name + ".weight"), eps_(c.norm_eps) {
     if (!name.empty()) weight_d_ = load.vector(name_, c.head_dim);
   }
@@ -168,7 +168,7 @@ class HeadNorm {
 class Projections {
  public:
   Projections(const std::string& layer, const std::vector<std::string>& names, int64_t in,
-              const std::vector<int64_t>& outs, bool has_bias, Loader& load) {
+              const std::vector<int64_t>& outs, bool has_bias, PartLoader& load) {
     for (size_t i = 0; i < names.size(); ++i) {
       const bool fused = names.size() < outs.size();
       linears_.push_back(load.column(layer + names[i], in, fused ? outs : std::vector{outs[i]}, has_bias));
@@ -197,9 +197,9 @@ class Projections {
   std::vector<int64_t> outs_;
 };
 
-class Attention {
+class SelfAttention {
  public:
-  Attention(const DecoderConfig& c, int64_t index, const std::string& layer, Loader& load)
+  SelfAttention(const DecoderConfig& c, int64_t index, const std::string& layer, PartLoader& load)
       : index_(index),
         head_dim_(c.head_dim),
         name_(layer + "attention"),
@@ -245,7 +245,7 @@ class Attention {
 
 class FeedForward {
  public:
-  FeedForward(const DecoderConfig& c, const std::string& layer, Loader& load)
+  FeedForward(const DecoderConfig& c, const std::string& layer, PartLoader& load)
       : name_(layer + "feed_forward"),
         activation_(c.activation),
         residual_dropout_(c.residual_dropout),
@@ -280,7 +280,7 @@ struct Stream {
 
 class Layer {
  public:
-  Layer(const DecoderConfig& c, int64_t index, Checkpointing checkpointing, Loader& load)
+  Layer(const DecoderConfig& c, int64_t index, Checkpointing checkpointing, PartLoader& load)
       : Layer(c, index, fmt::format("{}.{}.", c.names.layers, index), checkpointing, load) {}
 
   Stream forward(const Stream& in, const RopeTable& table, const ForwardContext& context) const {
@@ -309,7 +309,7 @@ class Layer {
   }
 
  private:
-  Layer(const DecoderConfig& c, int64_t index, const std::string& name, Checkpointing checkpointing, Loader& load)
+  Layer(const DecoderConfig& c, int64_t index, const std::string& name, Checkpointing checkpointing, PartLoader& load)
       : checkpointing_(checkpointing),
         attention_norm_(name + c.names.attention_norm, c, load),
         attention_(c, index, name, load),
@@ -320,14 +320,14 @@ class Layer {
 
   Checkpointing checkpointing_;
   Norm attention_norm_;
-  Attention attention_;
+  SelfAttention attention_;
   Norm feed_forward_norm_;
   FeedForward feed_forward_;
 };
 
 class Decoder : public Model {
  public:
-  Decoder(const DecoderConfig& config, const ModelOptions& options, Loader load, Communicator& tp)
+  Decoder(const DecoderConfig& config, const ModelOptions& options, PartLoader load, Communicator& tp)
       : config_(config),
         tp_(tp),
         vocab_shard_(Shard::of(0, config.vocab_size, tp)),
@@ -431,7 +431,7 @@ void check_positions(const DecoderConfig& config, const std::string& origin, int
 
 std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options,
                                     std::shared_ptr<WeightSource> weights, Communicator& tp) {
-  return std::make_unique<Decoder>(config, options, Loader(config, options, std::move(weights), tp), tp);
+  return std::make_unique<Decoder>(config, options, PartLoader(config, options, std::move(weights), tp), tp);
 }
 
 }  // namespace corank

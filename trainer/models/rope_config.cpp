@@ -82,7 +82,7 @@ struct RopeType {
   void (*read)(const Source& source, RopeConfig& rope);
 };
 
-constexpr RopeType kTypes[] = {
+constexpr RopeType kRopeTypes[] = {
     {"default", RopeConfig::Scaling::none, read_default},    {"linear", RopeConfig::Scaling::linear, read_linear},
     {"dynamic", RopeConfig::Scaling::dynamic, read_dynamic}, {"llama3", RopeConfig::Scaling::llama3, read_llama3},
     {"yarn", RopeConfig::Scaling::yarn, read_yarn},
@@ -96,11 +96,11 @@ void refuse_unknown(const ConfigFile& object) {
   object.done();
 }
 
-const RopeType& type_of(const ConfigFile& object) {
+const RopeType& rope_type(const ConfigFile& object) {
   const char* key = object.contains("rope_type") ? "rope_type" : "type";
   const auto name = object.get<std::string>(key, "default");
   std::vector<std::string> known;
-  for (const RopeType& type : kTypes) {
+  for (const RopeType& type : kRopeTypes) {
     if (name == type.name) return type;
     known.emplace_back(type.name);
   }
@@ -119,7 +119,7 @@ RopeConfig rope_config(const ConfigFile& file, int64_t head_dim, int64_t max_pos
   const auto turned = inside ? object.get<double>("partial_rotary_factor")
                              : file.get_optional<double>("partial_rotary_factor").value_or(1);
   if (turned != 1) file.refuse(fmt::format("partial_rotary_factor is {}, not 1", turned));
-  const RopeType& type = type_of(object);
+  const RopeType& type = rope_type(object);
   rope.scaling = type.scaling;
   type.read({file, object, max_positions}, rope);
   refuse_unknown(object);

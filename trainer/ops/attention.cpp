@@ -53,7 +53,7 @@ at::Tensor plain_segment(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const
   return tokens_first(at::matmul(drop(at::softmax(scores, -1), rule), v)).to(q_NHd.scalar_type());
 }
 
-struct Call : torch::CustomClassHolder {
+struct AttentionCall : torch::CustomClassHolder {
   Segments segments;
   AttentionRule rule;
 
@@ -68,13 +68,13 @@ struct Call : torch::CustomClassHolder {
 
 /// One way to compute all segments. `kept` is what its backward needs beside q, k, v, out.
 struct Kernel {
-  at::Tensor (*forward)(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+  at::Tensor (*forward)(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionCall& call,
                         variable_list& kept);
   variable_list (*backward)(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const at::Tensor& out, const Call& call, const variable_list& kept);
+                            const at::Tensor& out, const AttentionCall& call, const variable_list& kept);
 };
 
-at::Tensor cpu_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+at::Tensor cpu_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionCall& call,
                        variable_list& kept) {
   at::Tensor out = at::empty_like(q);
   int64_t start = 0;
@@ -91,7 +91,7 @@ at::Tensor cpu_forward(const at::Tensor& q, const at::Tensor& k, const at::Tenso
 }
 
 variable_list cpu_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const at::Tensor& out, const Call& call, const variable_list& kept) {
+                           const at::Tensor& out, const AttentionCall& call, const variable_list& kept) {
   variable_list grads{at::empty_like(q), at::empty_like(k), at::empty_like(v)};
   int64_t start = 0;
   for (size_t s = 0; s < call.segments.lengths.size(); ++s) {
@@ -109,7 +109,7 @@ variable_list cpu_backward(const at::Tensor& grad, const at::Tensor& q, const at
   return grads;
 }
 
-at::Tensor plain_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+at::Tensor plain_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionCall& call,
                          variable_list&) {
   variable_list outputs;
   int64_t start = 0;
@@ -125,7 +125,7 @@ at::Tensor plain_forward(const at::Tensor& q, const at::Tensor& k, const at::Ten
 
 /// The plain formula again under autograd: slow and obviously right, for what no kernel takes.
 variable_list plain_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor&, const Call& call, const variable_list&) {
+                             const at::Tensor&, const AttentionCall& call, const variable_list&) {
   const at::AutoGradMode grad_mode(true);
   variable_list inputs{q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()};
   variable_list kept;
@@ -133,7 +133,7 @@ variable_list plain_backward(const at::Tensor& grad, const at::Tensor& q, const 
   return torch::autograd::grad({out}, inputs, {grad});
 }
 
-at::Tensor cudnn_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+at::Tensor cudnn_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionCall& call,
                          variable_list& kept) {
   const int64_t rows = static_cast<int64_t>(call.segments.lengths.size());
   const auto batch = [&](const at::Tensor& x) { return x.view({rows, -1, x.size(1), x.size(2)}).transpose(1, 2); };
@@ -145,7 +145,7 @@ at::Tensor cudnn_forward(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }
 
 variable_list cudnn_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const Call& call, const variable_list& kept) {
+                             const at::Tensor& out, const AttentionCall& call, const variable_list& kept) {
   const int64_t rows = static_cast<int64_t>(call.segments.lengths.size());
   const auto batch = [&](const at::Tensor& x) { return x.view({rows, -1, x.size(1), x.size(2)}).transpose(1, 2); };
   auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
@@ -161,7 +161,7 @@ std::optional<int64_t> window_left(const AttentionRule& rule) {
   return rule.window > 0 ? std::optional(rule.window - 1) : std::nullopt;
 }
 
-at::Tensor flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Call& call,
+at::Tensor flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionCall& call,
                          variable_list& kept) {
   const Segments& s = call.segments;
   auto [out, lse, rng, unused, debug] = at::_flash_attention_forward(
@@ -172,7 +172,7 @@ at::Tensor flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }
 
 variable_list flash_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const Call& call, const variable_list& kept) {
+                             const at::Tensor& out, const AttentionCall& call, const variable_list& kept) {
   const Segments& s = call.segments;
   auto [dq, dk, dv] = at::_flash_attention_backward(
       grad.contiguous(), q, k, v, out, kept[0], s.cu_seqlens, s.cu_seqlens, s.max_length, s.max_length, /*dropout_p=*/0,
@@ -180,7 +180,7 @@ variable_list flash_backward(const at::Tensor& grad, const at::Tensor& q, const 
   return {dq, dk, dv};
 }
 
-const Kernel& kernel_for(const at::Tensor& q, const Call& call) {
+const Kernel& kernel_for(const at::Tensor& q, const AttentionCall& call) {
   static constexpr Kernel cpu{cpu_forward, cpu_backward}, plain{plain_forward, plain_backward},
       cudnn{cudnn_forward, cudnn_backward}, flash{flash_forward, flash_backward};
   if (call.rule.dropout.active()) return plain;
@@ -192,9 +192,9 @@ const Kernel& kernel_for(const at::Tensor& q, const Call& call) {
   return rectangular && !call.window_cuts(s.max_length) ? cudnn : flash;
 }
 
-struct Attention : torch::autograd::Function<Attention> {
+struct AttentionNode : torch::autograd::Function<AttentionNode> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            c10::intrusive_ptr<Call> call) {
+                            c10::intrusive_ptr<AttentionCall> call) {
     variable_list kept;
     at::Tensor out = kernel_for(q, *call).forward(q, k, v, *call, kept);
     variable_list saved{q, k, v, out};
@@ -205,7 +205,7 @@ struct Attention : torch::autograd::Function<Attention> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    auto call = c10::static_intrusive_pointer_cast<AttentionCall>(ctx->saved_data["call"].toCapsule());
     const variable_list s = ctx->get_saved_variables();
     const variable_list kept(s.begin() + 4, s.end());
     variable_list result =
@@ -224,10 +224,10 @@ bool Segments::uniform() const {
 at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
                      const Segments& segments, const AttentionRule& rule) {
   TORCH_CHECK(q_NHd.size(1) % k_NKd.size(1) == 0, "attention: query heads must be a multiple of key-value heads");
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<AttentionCall>();
   call->segments = segments;
   call->rule = rule;
-  return Attention::apply(q_NHd, k_NKd, v_NKd, std::move(call)).view({q_NHd.size(0), -1});
+  return AttentionNode::apply(q_NHd, k_NKd, v_NKd, std::move(call)).view({q_NHd.size(0), -1});
 }
 
 at::Tensor cached_attention(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd,
@@ -237,7 +237,7 @@ at::Tensor cached_attention(const at::Tensor& q_NHd, const at::Tensor& k_TKd, co
 
 at::Tensor attention_reference(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
                                const Segments& segments, const AttentionRule& rule) {
-  Call call;
+  AttentionCall call;
   call.segments = segments;
   call.rule = rule;
   variable_list kept;

@@ -10,20 +10,20 @@
 namespace corank::ops {
 namespace {
 
-struct Call : torch::CustomClassHolder {
+struct DropoutCall : torch::CustomClassHolder {
   Dropout dropout;
 };
 
 struct DropoutNode : torch::autograd::Function<DropoutNode> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_NI,
-                            c10::intrusive_ptr<Call> call) {
+                            c10::intrusive_ptr<DropoutCall> call) {
     at::Tensor y_NI = dropout(x_NI, call->dropout);
     ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
     return y_NI;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const auto call = c10::static_intrusive_pointer_cast<DropoutCall>(ctx->saved_data["call"].toCapsule());
     return {dropout(grads[0], call->dropout), at::Tensor()};
   }
 };
@@ -66,7 +66,7 @@ at::Tensor dropout(const at::Tensor& x_NI, const Dropout& d) {
 
 at::Tensor dropout_node(const at::Tensor& x_NI, const Dropout& d) {
   if (!d.active()) return x_NI;
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<DropoutCall>();
   call->dropout = d;
   return DropoutNode::apply(x_NI, std::move(call));
 }

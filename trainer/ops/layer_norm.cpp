@@ -4,13 +4,13 @@
 
 #include <array>
 
+#include "trainer/ops/wide.h"
+
 namespace corank::ops {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-at::Tensor wide(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat); }
 
 /// As ATen's kernel may take it: on the CPU it would round the statistics of bfloat16 rows to bfloat16.
 at::Tensor for_kernel(const at::Tensor& x) { return x.is_cuda() ? x : wide(x); }
@@ -18,13 +18,13 @@ at::Tensor for_kernel(const at::Tensor& x) { return x.is_cuda() ? x : wide(x); }
 struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
   /// Returns {y}, and {y, h} where there is a delta.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& residual, const std::optional<at::Tensor>& delta,
-                               const std::optional<at::Tensor>& weight_leaf,
-                               const std::optional<at::Tensor>& /*bias_leaf*/, const at::Tensor& weight,
-                               const at::Tensor& bias, double eps) {
+                               const std::optional<at::Tensor>& weight_leaf, const std::optional<at::Tensor>& bias_leaf,
+                               const at::Tensor& weight, const at::Tensor& bias, double eps) {
     const at::Tensor h = delta ? residual + *delta : residual;
     auto [y, mean, rstd] =
         at::native_layer_norm(for_kernel(h), {h.size(-1)}, for_kernel(weight), for_kernel(bias), eps);
-    ctx->save_for_backward({h, mean, rstd, weight, bias, weight_leaf.value_or(at::Tensor())});
+    ctx->save_for_backward(
+        {h, mean, rstd, weight, bias, weight_leaf.value_or(at::Tensor()), bias_leaf.value_or(at::Tensor())});
     ctx->saved_data["has_delta"] = delta.has_value();
     y = y.to(h.scalar_type());
     return delta ? variable_list{y, h} : variable_list{y};
@@ -35,7 +35,7 @@ struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
     const variable_list s = ctx->get_saved_variables();
     const at::Tensor &h = s[0], &mean = s[1], &rstd = s[2], &leaf = s[5];
     const bool has_delta = ctx->saved_data["has_delta"].toBool();
-    at::Tensor grad_h = has_delta ? grads[1] : at::Tensor(), grad_weight, grad_bias;
+    at::Tensor grad_h = has_delta ? grads[1] : at::Tensor();
     if (grads[0].defined()) {
       const at::Tensor g = grads[0].contiguous();
       const auto [through, unused_weight, unused_bias] =
@@ -44,12 +44,14 @@ struct AddLayerNorm : torch::autograd::Function<AddLayerNorm> {
       const at::Tensor dh = through.to(h.scalar_type());
       grad_h = grad_h.defined() ? dh + grad_h : dh;
       if (leaf.defined()) {
-        grad_weight = (wide(g) * ((wide(h) - mean) * rstd)).sum(0).to(leaf.scalar_type());
-        grad_bias = wide(g).sum(0).to(leaf.scalar_type());
+        add_gradient(leaf, (wide(g) * ((wide(h) - mean) * rstd)).sum(0).to(leaf.scalar_type()));
+        add_gradient(s[6], wide(g).sum(0).to(leaf.scalar_type()));
       }
     }
-    return {grad_h,      has_delta ? grad_h : at::Tensor(), grad_weight, grad_bias, at::Tensor(), at::Tensor(),
-            at::Tensor()};
+    variable_list result(7);
+    result[0] = grad_h;
+    if (has_delta) result[1] = grad_h;
+    return result;
   }
 };
 

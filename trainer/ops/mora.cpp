@@ -62,13 +62,13 @@ at::Tensor spread_groups(const at::Tensor& c_NR, const Extent& extent, Grouping 
 
 /// Block b of x_NBR turned by b times the angles 10000^(-2 l / R), halves paired as in Llama's rotary positions;
 /// direction -1: back.
-at::Tensor rotate(const at::Tensor& x_NBR, const Rotation& by, int direction) {
+at::Tensor rotate_blocks(const at::Tensor& x_NBR, const Rotation& by, int direction) {
   const int64_t half = x_NBR.size(2) / 2;
   const at::Tensor a = x_NBR.narrow(2, 0, half), c = x_NBR.narrow(2, half, half), sin_BH = by.sin_BH * direction;
   return at::cat({a * by.cos_BH - c * sin_BH, c * by.cos_BH + a * sin_BH}, 2);
 }
 
-bool has_kernel(const at::Tensor& x) { return x.is_cuda() && cuda::has_kernel(x); }
+bool has_mora_kernel(const at::Tensor& x) { return x.is_cuda() && cuda::has_kernel(x); }
 
 /// Outputs p of all ranks read value p mod `period`.
 at::Tensor repeated(const at::Tensor& z_NP, const Extent& out) {
@@ -134,39 +134,39 @@ Rotation rotation_of(int64_t r, int64_t in, int64_t out, const at::TensorOptions
 }
 
 at::Tensor mora_compress(const at::Tensor& x_NL, const Mora& s) {
-  if (has_kernel(x_NL)) return cuda::mora_compress(x_NL, s);
+  if (has_mora_kernel(x_NL)) return cuda::mora_compress(x_NL, s);
   const int64_t r = s.side();
   if (s.compress != Grouping::rotate) return sum_groups(x_NL, s.in, s.compress, r, /*wrap=*/true);
   const at::Tensor placed = place(x_NL, s.in, blocks_of(s.in.size, r) * r, /*wrap=*/true);
-  return rotate(placed.narrow(1, 0, s.blocks() * r).unflatten(1, {-1, r}), s.rotation, 1);
+  return rotate_blocks(placed.narrow(1, 0, s.blocks() * r).unflatten(1, {-1, r}), s.rotation, 1);
 }
 
 void mora_add_decompressed(at::Tensor& y_NL, const at::Tensor& z, const Mora& s) {
-  if (has_kernel(y_NL)) return cuda::mora_add_decompressed(y_NL, z, s);
+  if (has_mora_kernel(y_NL)) return cuda::mora_add_decompressed(y_NL, z, s);
   y_NL.add_(s.decompress == Grouping::rotate ? repeated(z.flatten(1), s.out)
                                              : spread_groups(z, s.out, s.decompress, /*wrap=*/false));
 }
 
 at::Tensor mora_gather(const at::Tensor& g_NL, const at::Tensor& like, const Mora& s) {
-  if (has_kernel(g_NL)) return cuda::mora_gather(g_NL, s);
+  if (has_mora_kernel(g_NL)) return cuda::mora_gather(g_NL, s);
   if (s.decompress != Grouping::rotate) return sum_groups(g_NL, s.out, s.decompress, like.size(1), /*wrap=*/false);
   const int64_t period = like.size(1) * like.size(2);
   return sum_groups(g_NL, s.out, Grouping::modulo, period, /*wrap=*/false).view_as(like);
 }
 
 void mora_add_expanded(at::Tensor& dx_NL, const at::Tensor& dc, const Mora& s) {
-  if (has_kernel(dx_NL)) return cuda::mora_add_expanded(dx_NL, dc, s);
+  if (has_mora_kernel(dx_NL)) return cuda::mora_add_expanded(dx_NL, dc, s);
   if (s.compress != Grouping::rotate) {
     dx_NL.add_(spread_groups(dc, s.in, s.compress, /*wrap=*/true));
     return;
   }
   const int64_t unused = blocks_of(s.in.size, s.side()) - s.blocks();
-  const at::Tensor all = at::constant_pad_nd(rotate(dc, s.rotation, -1).flatten(1), {0, unused * s.side()});
+  const at::Tensor all = at::constant_pad_nd(rotate_blocks(dc, s.rotation, -1).flatten(1), {0, unused * s.side()});
   dx_NL.add_(unplace(all, s.in, /*wrap=*/true));
 }
 
 at::Tensor mora_padded(const at::Tensor& m_RR) {
-  const int64_t missing = has_kernel(m_RR) ? (8 - m_RR.size(0) % 8) % 8 : 0;
+  const int64_t missing = has_mora_kernel(m_RR) ? (8 - m_RR.size(0) % 8) % 8 : 0;
   return missing == 0 ? m_RR : at::constant_pad_nd(m_RR, {0, missing, 0, missing});
 }
 

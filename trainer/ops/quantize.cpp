@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBlocksPerTask = 256;
 
-int64_t blocks_of(int64_t elements, int64_t block) { return (elements + block - 1) / block; }
+int64_t quantized_blocks(int64_t elements, int64_t block) { return (elements + block - 1) / block; }
 
 /// The nearest of N sorted values: as many as there are midpoints strictly below v, so a tie goes to the lower one.
 template <int N>
@@ -67,7 +67,7 @@ void quantise_statistics(Nf4& w) {
   for (int64_t i = 0; i < count; ++i) sum += values[i];
   w.nested_offset = static_cast<float>(sum / static_cast<double>(count));
   w.nested_map = nf4_nested_map();
-  w.nested_absmax = at::empty({blocks_of(count, kNf4NestedBlock)}, absmax.options());
+  w.nested_absmax = at::empty({quantized_blocks(count, kNf4NestedBlock)}, absmax.options());
   w.absmax_RB = at::empty_like(absmax, at::kByte);
   const at::Tensor centred = absmax - w.nested_offset;
   const Nearest<256> nearest(w.nested_map.const_data_ptr<float>());
@@ -157,7 +157,7 @@ Nf4 Nf4::to(at::Device device) const {
 Nf4 nf4_quantise(const at::Tensor& w_OI, bool double_quant) {
   TORCH_CHECK(!w_OI.is_cuda() && w_OI.dim() == 2 && w_OI.numel() > 0, "nf4_quantise: a CPU tensor [O, I]");
   const at::Tensor w = w_OI.contiguous();
-  const int64_t count = w.numel(), blocks = blocks_of(count, kNf4Block);
+  const int64_t count = w.numel(), blocks = quantized_blocks(count, kNf4Block);
   Nf4 result;
   result.shape = w.sizes().vec();
   result.runs = {1, count, count, 0};

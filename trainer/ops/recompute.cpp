@@ -10,7 +10,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Call : torch::CustomClassHolder {
+struct RecomputeCall : torch::CustomClassHolder {
   Block block;
   std::vector<bool> defined;  // which inputs are
 
@@ -26,7 +26,7 @@ struct Call : torch::CustomClassHolder {
 struct Recompute : torch::autograd::Function<Recompute> {
   /// `anchor` requires grad, so that the node exists even where no input does (adapters inside still train).
   static variable_list forward(AutogradContext* ctx, at::TensorList given, const at::Tensor& /*anchor*/,
-                               c10::intrusive_ptr<Call> call) {
+                               c10::intrusive_ptr<RecomputeCall> call) {
     ctx->save_for_backward(given.vec());
     variable_list outputs = call->block(call->spread(given));
     ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
@@ -34,7 +34,7 @@ struct Recompute : torch::autograd::Function<Recompute> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    auto call = c10::static_intrusive_pointer_cast<RecomputeCall>(ctx->saved_data["call"].toCapsule());
     variable_list given;
     for (const at::Tensor& saved : ctx->get_saved_variables()) {
       given.push_back(saved.detach().set_requires_grad(saved.requires_grad()));
@@ -59,7 +59,7 @@ struct Recompute : torch::autograd::Function<Recompute> {
 
 variable_list recompute(const Block& block, const variable_list& inputs) {
   if (!at::GradMode::is_enabled()) return block(inputs);
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<RecomputeCall>();
   call->block = block;
   const at::Tensor anchor = at::zeros({}, at::TensorOptions(at::kFloat)).requires_grad_();
   variable_list given;

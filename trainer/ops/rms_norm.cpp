@@ -23,11 +23,11 @@ std::pair<at::Tensor, at::Tensor> normalise(const at::Tensor& h, const at::Tenso
 
 /// dh = rstd (g w - x^ mean(g w x^)), dw = sum_N g x^, with x^ = h rstd.
 at::Tensor normalise_backward(const at::Tensor& grad, const at::Tensor& h, const at::Tensor& rstd_N1,
-                              const at::Tensor& weight, const at::Tensor& leaf, at::Tensor& grad_weight) {
+                              const at::Tensor& weight, const at::Tensor& leaf) {
   if (h.is_cuda() && cuda::has_kernel(h) && !leaf.defined()) return cuda::rms_norm_backward(grad, h, rstd_N1, weight);
   const at::Tensor g = grad.to(statistics_dtype(h));
   const at::Tensor normed = h.to(statistics_dtype(h)) * rstd_N1;
-  if (leaf.defined()) grad_weight = (g * normed).sum(0).to(leaf.scalar_type());
+  if (leaf.defined()) add_gradient(leaf, (g * normed).sum(0).to(leaf.scalar_type()));
   const at::Tensor gw = g * weight;
   return (gw - normed * (gw * normed).mean(-1, /*keepdim=*/true)).mul_(rstd_N1).to(h.scalar_type());
 }
@@ -46,13 +46,12 @@ struct AddRmsNorm : torch::autograd::Function<AddRmsNorm> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const bool has_delta = ctx->saved_data["has_delta"].toBool();
-    at::Tensor grad_h = has_delta ? grads[1] : at::Tensor(), grad_weight;
+    at::Tensor grad_h = has_delta ? grads[1] : at::Tensor();
     if (grads[0].defined()) {
-      const at::Tensor through =
-          normalise_backward(grads[0].contiguous(), saved[0], saved[1], saved[2], saved[3], grad_weight);
+      const at::Tensor through = normalise_backward(grads[0].contiguous(), saved[0], saved[1], saved[2], saved[3]);
       grad_h = grad_h.defined() ? through + grad_h : through;
     }
-    return {grad_h, has_delta ? grad_h : at::Tensor(), grad_weight, at::Tensor(), at::Tensor()};
+    return {grad_h, has_delta ? grad_h : at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 

@@ -3,14 +3,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "trainer/ops/cuda.h"
+#include "trainer/ops/wide.h"
 
 namespace corank::ops {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-at::Tensor wide(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat); }
 
 struct SwiGlu : torch::autograd::Function<SwiGlu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up) {

@@ -16,6 +16,10 @@ struct Weight {
   bool trains() const { return leaf.defined(); }
 };
 
+/// Adds to the gradient of a leaf, in its dtype: in place, where a store's flat buffer holds it. Backward passes of our
+/// own nodes call it and hand autograd nothing.
+void add_gradient(const at::Tensor& leaf, const at::Tensor& gradient);
+
 /// torch::autograd::Function takes a tensor that may be undefined only as an optional.
 inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;

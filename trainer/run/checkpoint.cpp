@@ -15,10 +15,10 @@ namespace {
 
 constexpr const char* kStateFormat = "corank-state";
 
-using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+using StateTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
 std::string state_image(const TrainingState& state, const std::string& identity,
-                        const std::vector<std::pair<std::string, NamedTensors>>& groups) {
+                        const std::vector<std::pair<std::string, StateTensors>>& groups) {
   h5::Writer file;
   file.attribute("format", kStateFormat);
   file.attribute("version", int64_t{1});
@@ -52,7 +52,7 @@ Checkpoints::Checkpoints(Storage& storage, std::string folder, RunIdentity ident
 std::string Checkpoints::save(const TrainingState& state) {
   // Every tensor-parallel group gathers: simpler than choosing one, and all ranks make the same calls.
   const SavedAdapter adapter = collect_adapter(store_, method_, identity_, mesh_.tp());
-  std::vector<std::pair<std::string, NamedTensors>> groups;
+  std::vector<std::pair<std::string, StateTensors>> groups;
   for (const auto& [group, flat] : state_buffers()) groups.emplace_back(group, store_.gather(flat, mesh_.tp()));
   std::string path;
   on_rank_0(mesh_.world(), [&] {
@@ -112,7 +112,7 @@ TrainingState Checkpoints::load(const std::string& path) {
     own.insert(p.spec.name);
   }
   store_.refresh();
-  NamedTensors extra;
+  StateTensors extra;
   for (const std::string& path_in_file : adapter.names()) {
     const std::string name = path_in_file.substr(path_in_file.find_first_not_of('/'));
     if (!own.count(name)) extra.emplace_back(name, adapter.read(name));

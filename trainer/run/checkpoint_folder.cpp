@@ -20,26 +20,28 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr const char* kFormat = "corank-checkpoint";
-constexpr int64_t kVersion = 1;
-constexpr const char* kPrefix = "checkpoint-";
+constexpr const char* kManifestFormat = "corank-checkpoint";
+constexpr int64_t kManifestVersion = 1;
+constexpr const char* kFolderPrefix = "checkpoint-";
 constexpr const char* kPruned = "pruned-";  // on its way out, under a name that is no checkpoint's
 constexpr const char* kSetAside = "set-aside";
 constexpr int64_t kMaxManifestBytes = int64_t{1} << 20;
 
-std::string path_of(const std::string& folder, int64_t step) { return fmt::format("{}/{}{}", folder, kPrefix, step); }
+std::string path_of(const std::string& folder, int64_t step) {
+  return fmt::format("{}/{}{}", folder, kFolderPrefix, step);
+}
 
 /// The step of a folder named checkpoint-<step>.
 std::optional<int64_t> step_in_name(const std::string& path) {
   const fs::path normal = fs::path(path).lexically_normal();
   const std::string name = (normal.has_filename() ? normal : normal.parent_path()).filename().string();
-  const std::string prefix = kPrefix;
+  const std::string prefix = kFolderPrefix;
   if (!name.starts_with(prefix)) return std::nullopt;
   const std::string digits = name.substr(prefix.size());
   if (digits.empty() || digits.size() > 18 || digits.find_first_not_of("0123456789") != std::string::npos)
     return std::nullopt;
   const int64_t step = std::stoll(digits);
-  return name == kPrefix + std::to_string(step) ? std::optional(step) : std::nullopt;
+  return name == kFolderPrefix + std::to_string(step) ? std::optional(step) : std::nullopt;
 }
 
 /// Steps of the folders named checkpoint-<step> in `folder`, newest first; whole or not.
@@ -72,8 +74,8 @@ Manifest parse_manifest(const std::string& text) {
   const JsonObject object(text, "manifest.json");
   const auto hash = object.get_optional<std::string>("sha256");
   require(!hash || *hash == hash_of(object.root()), "manifest.json is not what was written");
-  require(object.get<std::string>("format") == kFormat && object.get<int64_t>("version") == kVersion,
-          fmt::format("manifest.json is not of the format {} in version {}", kFormat, kVersion));
+  require(object.get<std::string>("format") == kManifestFormat && object.get<int64_t>("version") == kManifestVersion,
+          fmt::format("manifest.json is not of the format {} in version {}", kManifestFormat, kManifestVersion));
   Manifest manifest{object.get<int64_t>("step"), object.get<std::string>("identity"), {}};
   const auto files = object.get<JsonObject>("files");
   for (const char* name : {"adapter.h5", "state.h5"}) {
@@ -161,8 +163,13 @@ std::string manifest_json(const Manifest& manifest, const std::string& base_mode
   for (const Manifest::File& file : manifest.files) {
     files[file.name] = {{"bytes", file.bytes}, {"sha256", file.sha256}};
   }
-  json object{{"format", kFormat}, {"version", kVersion},      {"step", manifest.step}, {"identity", manifest.identity},
-              {"files", files},    {"base_model", base_model}, {"libraries", libraries}};
+  json object{{"format", kManifestFormat},
+              {"version", kManifestVersion},
+              {"step", manifest.step},
+              {"identity", manifest.identity},
+              {"files", files},
+              {"base_model", base_model},
+              {"libraries", libraries}};
   object["sha256"] = hash_of(object);
   return object.dump(2) + "\n";
 }
@@ -241,7 +248,7 @@ void prune_checkpoints(Storage& storage, const std::string& folder, const std::s
     const std::string path = path_of(folder, step);
     if (fs::weakly_canonical(path) == also || !counts(path, identity)) continue;
     if (++kept <= retention.limit || step == just_written) continue;
-    const std::string leaving = fmt::format("{}/{}{}{}", folder, kPruned, kPrefix, step);
+    const std::string leaving = fmt::format("{}/{}{}{}", folder, kPruned, kFolderPrefix, step);
     tidy([&] {
       storage.remove(leaving);
       storage.rename(path, leaving);

@@ -17,9 +17,9 @@ using nlohmann::ordered_json;
 const char* const kState = ".quant_state.bitsandbytes__nf4";
 
 /// One weight of the folder: its parts are tensors whose names begin with its own.
-class Weight {
+class PackedWeight {
  public:
-  Weight(WeightFile& file, std::string name, bool outline)
+  PackedWeight(WeightFile& file, std::string name, bool outline)
       : file_(file), name_(std::move(name)), outline_(outline), state_(read_state()) {}
 
   [[noreturn]] void refuse(const std::string& what) const {
@@ -88,7 +88,7 @@ bool holds_bitsandbytes_nf4(const WeightFile& file) {
 
 ops::Nf4 read_bitsandbytes_nf4(WeightFile& file, const std::string& name, const std::vector<int64_t>& shape,
                                bool outline) {
-  const Weight weight(file, name, outline);
+  const PackedWeight weight(file, name, outline);
   weight.require("quant_type", "nf4");
   weight.require("blocksize", ops::kNf4Block);
   weight.require("shape", shape);
