@@ -8,8 +8,6 @@
 
 namespace corank {
 
-class Storage;
-
 /// One sample: token ids and which of them are targets.
 struct Sample {
   at::Tensor tokens;     ///< int32 [T]
@@ -59,8 +57,7 @@ class TokenFile {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Writes a token file (tests); data/prepare writes the same from text. StorageError.
-void write_token_file(Storage& storage, const std::string& path, const std::vector<Sample>& samples, int64_t vocab_size,
-                      const std::string& source);
+/// The image of a token file (tests); data/prepare writes the same from text.
+std::string token_file_image(const std::vector<Sample>& samples, int64_t vocab_size, const std::string& source);
 
 }  // namespace corank

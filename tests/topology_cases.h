@@ -2,6 +2,7 @@
 #include <cmath>
 #include <set>
 
+#include "data/storage.h"
 #include "tests/mpi_main.h"
 #include "tests/support.h"
 #include "trainer/run/checkpoint.h"
@@ -153,8 +154,9 @@ class Resume : public testing::TestWithParam<Setting> {
     const Setting setting = GetParam();
     TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
     Loader batches(data_, loader(setting, &run.mesh));
-    Checkpoints checkpoints(folder, {"same run", adapter(setting), "tiny"}, {2}, run.mesh, run.store, *run.optimizer,
-                            *run.method);
+    DiskStorage disk;
+    Checkpoints checkpoints(disk, folder, {"same run", adapter(setting), "tiny"}, {2}, run.mesh, run.store,
+                            *run.optimizer, *run.method);
     TrainingState state;
     if (const auto newest = checkpoints.newest()) state = checkpoints.load(*newest);
     batches.restore(state.loader);

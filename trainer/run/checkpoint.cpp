@@ -97,6 +97,7 @@ void Checkpoints::drop(const std::string& path) const {
 
 std::optional<std::string> Checkpoints::newest() {
   std::string found;
+  passed_over_.clear();
   on_rank_0(mesh_.world(),
             [&] { found = newest_checkpoint(folder_, identity_.hash, passed_over_).value_or(std::string()); });
   found = broadcast_text(mesh_.world(), found);

@@ -43,7 +43,7 @@ class Checkpoints {
   std::string save(const TrainingState& state);
   /// Collective over the world. newest_checkpoint() of output_dir, agreed by all ranks.
   std::optional<std::string> newest();
-  /// Folders that newest() could not use, with the reason; known on rank 0.
+  /// Folders that the last newest() could not use, with the reason; known on rank 0.
   const std::vector<std::string>& passed_over() const { return passed_over_; }
   /// Collective over the world. Loads parameters, moments and the method's state from the folder, and begins the method
   /// anew. InputError or ConfigError (another run).

@@ -11,9 +11,9 @@
 namespace corank {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
 
 }  // namespace
 
@@ -29,12 +29,16 @@ Trainer::Trainer(StepParts parts, Loader& loader, const std::vector<Batch>& eval
 
 TrainingState Trainer::start(const StartRecord& record, const std::string& resume) {
   tell([&](Observer& observer) { observer.on_start(record); });
-  std::optional<std::string> path;
-  if (resume == "auto") path = checkpoints_.newest();
-  if (resume != "auto" && resume != "never") path = resume;
-  const TrainingState state = path ? checkpoints_.load(*path) : TrainingState();
-  const ResumeRecord resumed{state.step, path.value_or(""), checkpoints_.passed_over(),
-                             checkpoints_.start_at(state.step)};
+  ResumeRecord resumed;
+  if (resume == "auto") {
+    resumed.from = checkpoints_.newest().value_or("");
+    resumed.passed_over = checkpoints_.passed_over();
+  } else if (resume != "never") {
+    resumed.from = resume;
+  }
+  const TrainingState state = resumed.from.empty() ? TrainingState() : checkpoints_.load(resumed.from);
+  resumed.step = state.step;
+  resumed.set_aside = checkpoints_.start_at(state.step);
   tell([&](Observer& observer) { observer.on_resume(resumed); });
   return state;
 }
@@ -47,8 +51,7 @@ TrainingState Trainer::run(TrainingState state, const std::function<bool()>& sto
   end.first_step = state.step;
   end.max_steps = last;
   loader_.restore(state.loader);
-  while (state.step < last && advance(state, stop)) {
-  }
+  for (bool going = true; going && state.step < last;) going = advance(state, stop);
   end.step = state.step;
   end.bytes = bytes_since(before);
   if (state.step == last && write_result) end.result = write_result();
@@ -60,7 +63,12 @@ bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop) {
   const int64_t step = state.step + 1, last = options_.schedule.total_steps;
   StepRecord record = take_step(step);
   state = {step, loader_.state()};
-  if (due(step, options_.eval_steps)) evaluate_into(record);
+  if (due(step, options_.eval_steps)) {
+    const EvaluationRecord evaluation = evaluate_after(step);
+    record.eval_loss = evaluation.loss;
+    record.eval_accuracy = evaluation.token_accuracy;
+    tell([&](Observer& observer) { observer.on_evaluation(evaluation); });
+  }
   const bool stopping = any_rank(parts_.mesh.world(), stop());
   record.logged = due(step, options_.logging_steps) || step == last || record.eval_loss;
   tell([&](Observer& observer) { observer.on_step(record); });
@@ -70,7 +78,7 @@ bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop) {
 
 StepRecord Trainer::take_step(int64_t step) {
   const Ledger::Snapshot before = ledger_.snapshot();
-  const auto start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   const StepBatches batches = loader_.next();
   const double rate = lr_at(options_.schedule, step) * parts_.method.learning_rate_scale(step);
   const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, options_.seed});
@@ -89,22 +97,18 @@ StepRecord Trainer::take_step(int64_t step) {
   return record;
 }
 
-void Trainer::evaluate_into(StepRecord& record) const {
+EvaluationRecord Trainer::evaluate_after(int64_t step) const {
   try {
-    const EvalResult eval = evaluate(parts_.mesh, parts_.model, eval_batches_);
-    record.eval_loss = eval.loss;
-    record.eval_accuracy = eval.token_accuracy;
-    tell([&](Observer& observer) {
-      observer.on_evaluation({record.step, eval.loss, eval.token_accuracy, eval.target_tokens});
-    });
+    const EvalResult result = evaluate(parts_.mesh, parts_.model, eval_batches_);
+    return {step, result.loss, result.token_accuracy, result.target_tokens};
   } catch (const InputError& e) {
-    throw InputError(fmt::format("evaluation after step {}: {} To train on without evaluation, set eval_steps: 0.",
-                                 record.step, e.what()));
+    throw InputError(
+        fmt::format("evaluation after step {}: {} To train on without evaluation, set eval_steps: 0.", step, e.what()));
   }
 }
 
 void Trainer::save(const TrainingState& state) {
-  const auto start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   SaveRecord record{state.step, checkpoints_.save(state)};
   record.seconds = seconds_since(start);
   tell([&](Observer& observer) { observer.on_save(record); });

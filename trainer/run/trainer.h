@@ -40,7 +40,7 @@ class Trainer {
   /// Collective over the world. One step and what is due after it; false: training is to stop.
   bool advance(TrainingState& state, const std::function<bool()>& stop);
   StepRecord take_step(int64_t step);
-  void evaluate_into(StepRecord& record) const;
+  EvaluationRecord evaluate_after(int64_t step) const;
   void save(const TrainingState& state);
   Ledger::Snapshot bytes_since(const Ledger::Snapshot& before) const;
   /// The observers, on rank 0.
