@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/error.h"
+#include "trainer/files/check_adapter.h"
 #include "trainer/files/saved_along.h"
 #include "trainer/methods/start.h"
 #include "trainer/models/families.h"

@@ -17,6 +17,7 @@
 #include "trainer/files/adapter_file.h"
 #include "trainer/methods/methods.h"
 #include "trainer/methods/start.h"
+#include "trainer/methods/targets.h"
 
 namespace corank {
 namespace {
@@ -44,12 +45,13 @@ namespace fs = std::filesystem;
 constexpr int64_t kMaxRunFileBytes = int64_t{1} << 20;
 
 /// A list entry that names no linear is a typing error that would silently train less.
-void require_every_target(const AdapterConfig& adapter, const std::vector<std::string>& linears) {
+void require_every_target(const AdapterConfig& adapter, const ModuleNames& modules) {
   for (const std::string& name : adapter.target_modules.names) {
     AdapterConfig one = adapter;
     one.target_modules.names = {name};
     one.exclude_modules = {};
-    select_targets(one, linears);
+    require_only_linears(one, modules.others);
+    select_targets(one, modules.linears);
   }
 }
 
@@ -92,20 +94,19 @@ CheckedInputs check_model(const RunConfig& run) {
   CheckedInputs result;
   result.base_parameters = num_base_parameters(*model);
   result.vocab_size = model->vocab_size();
-  const std::vector<std::string> linears = linear_names(*model);
-  require_every_target(run.adapter, linears);
+  const ModuleNames modules = module_names(*model);
+  require_every_target(run.adapter, modules);
   result.adapter = check_adapter_fits(run, *model);
-  require_every_entry(run.adapter, linears);
-  if (!make_method(result.adapter)->trains_base()) result.targets = select_targets(result.adapter, linears);
+  require_every_entry(run.adapter, modules.linears);
+  if (!make_method(result.adapter)->trains_base()) result.targets = select_targets(result.adapter, modules.linears);
   return result;
 }
 
 /// What training starts from.
 void check_start(const RunConfig& run) {
-  if (run.model.quantization == "none" && run.adapter.pissa_iterations > 1) {
-    throw ConfigError(
-        run.file + ": adapter.pissa_iterations: makes up for what quantising loses, and model.quantization is none.");
-  }
+  check_format(run.adapter, run.model.quantization, [&](const std::string& key, const std::string& message) {
+    throw ConfigError(fmt::format("{}: adapter.{}: {}.", run.file, key, message));
+  });
 }
 
 void require_complete(const RunConfig& run) {
@@ -189,8 +190,9 @@ CheckedInputs check_training(const RunConfig& run, int ranks) {
   CheckedInputs result = check_bench(run, ranks);
   result.eval_samples = check_tokens(run, run.data.eval, result.vocab_size);
   const TokenFile data(run.data.train);
-  result.adapter.adalora.total_step = total_steps(run, data);
-  check_schedule(result.adapter);
+  const int64_t steps = total_steps(run, data);
+  set_total_steps(result.adapter, steps);
+  check_schedule(result.adapter, steps);
   RunConfig merged = run;
   merged.adapter = result.adapter;
   require_writable(run.output_dir);

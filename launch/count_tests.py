@@ -2,10 +2,22 @@
 
 import re
 import xml.etree.ElementTree as xml
+from pathlib import Path
 
-METHODS = ("lora", "rslora", "dora", "adalora", "mora", "pissa", "full")
-OTHER = "other"  # what is about none of them, or about a method that is missing above
-FORMATS = ("nf4", "int8")
+TRAINER = Path(__file__).resolve().parent.parent / "trainer"
+
+
+def table(file, line):
+    """The names in a table of the program's sources."""
+    names = re.findall(line, (TRAINER / file).read_text())
+    if not names:
+        raise SystemExit(f"{file}: no line is like {line}")
+    return names
+
+
+METHODS = (*table("methods/methods.cpp", r"&(\w+)_method\(\)"), "rslora")  # LoRA with a key that makes another of it
+OTHER = "other"  # what is about none of them
+FORMATS = tuple(name for name in table("weights/formats.cpp", r'\{"(\w+)", make_\w+_weight\}') if name != "none")
 COLUMNS = ("parity", "conformance", *(f"on {name}" for name in FORMATS), "mutants", "layouts", "resume")
 PROGRAMS = {"golden_test": "parity", "parity_test": "parity", "merge_test": "parity",
             "conformance_mpi_test": "conformance", "mutants_mpi_test": "mutants"}

@@ -9,6 +9,7 @@
 #include "configs/writer.h"
 #include "data/file.h"
 #include "launch/versions.h"
+#include "trainer/methods/config_keys.h"
 #include "trainer/methods/methods.h"
 
 namespace corank {

@@ -12,6 +12,7 @@
 #include "data/file.h"
 #include "launch/adapter_files.h"
 #include "trainer/files/saved_along.h"
+#include "trainer/methods/config_keys.h"
 #include "trainer/methods/merge_config.h"
 #include "trainer/methods/start.h"
 
@@ -42,7 +43,7 @@ RunConfig with_trained_adapter(RunConfig run, bool quantised) {
 SavedAdapter read_run_adapter(const RunConfig& run, Model& model) {
   SavedAdapter file = read_checked(run.adapter.path);
   place_saved_along(file, model, run.model, run.adapter.path);
-  file.config = merge_with_file(run.adapter, run.adapter_keys, file.config, linear_names(model));
+  file.config = merge_with_file(run.adapter, run.adapter_keys, file.config, module_names(model));
   return file;
 }
 

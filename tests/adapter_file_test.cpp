@@ -6,10 +6,12 @@
 
 #include "data/storage.h"
 #include "tests/golden_case.h"
+#include "trainer/files/check_adapter.h"
 #include "trainer/files/combine.h"
 #include "trainer/files/peft_config.h"
 #include "trainer/files/plain_lora.h"
 #include "trainer/files/saved_along.h"
+#include "trainer/methods/mora.h"
 #include "trainer/run/checkpoint.h"
 #include "trainer/run/generation.h"
 
@@ -267,7 +269,7 @@ SavedAdapter mora(int64_t type) {
   AdapterConfig config;
   config.method = "mora";
   config.r = 2;
-  config.mora_type = type;
+  config.options.edit<MoraConfig>().type = type;
   TrainingRun run(nullptr, 1, llama(), config);
   at::manual_seed(7);
   run.store.masters().copy_(at::randn_like(run.store.masters()) * 0.05);

@@ -10,6 +10,9 @@
 #include "tests/mpi_main.h"
 #include "tests/support.h"
 #include "trainer/methods/lora_factors.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/pissa.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/ops/gram.h"
 #include "trainer/ops/random.h"
 #include "trainer/run/checkpoint.h"
@@ -44,7 +47,7 @@ inline AdapterConfig small(const std::string& method) {
   AdapterConfig config;
   config.method = method;
   config.r = 5;
-  config.adalora = {
+  config.options.edit<AdaLoraConfig>() = {
       .init_r = 5, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
   return config;
 }
@@ -67,9 +70,9 @@ inline std::vector<Variant> variants() {
     c.modules_to_save = {"embed_tokens", "norm", "lm_head"};
   });
   add("dora_dropout", "dora", [](AdapterConfig& c) { c.lora_dropout = 0.2; });
-  add("pissa_niter", "pissa", [](AdapterConfig& c) { c.pissa_niter = 4; });
+  add("pissa_niter", "pissa", [](AdapterConfig& c) { c.options.edit<PissaConfig>().niter = 4; });
   for (const int64_t type : {2, 3, 4, 6}) {
-    add("mora_" + std::to_string(type), "mora", [&](AdapterConfig& c) { c.mora_type = type; });
+    add("mora_" + std::to_string(type), "mora", [&](AdapterConfig& c) { c.options.edit<MoraConfig>().type = type; });
   }
   return all;
 }
@@ -113,28 +116,18 @@ Parts parts_of(Run& run) {
 /// Model and method without a training loop, in float32 or float64.
 struct Layers {
   Layers(const World* world, int tensor, const Combination& c, at::ScalarType dtype)
-      : mesh(ranks_of(world, ledger), tensor), method(make_method(c.config())) {
+      : mesh(shared_mesh(world, tensor).mesh), method(make_method(c.config())) {
     ModelOptions options = tiny_model(c.format, dtype);
     options.device = mesh.device();
     model = load_model(options, mesh.tp());
     start_method(*method, *model, store, mesh, dtype, 42);
   }
 
-  Ledger ledger;
-  Mesh mesh;
+  const Mesh& mesh;  ///< shared
   std::unique_ptr<Model> model;
   std::unique_ptr<AdapterMethod> method;
   ParameterStore store;
 };
-
-/// Sizes of tensor-parallel groups that the job's ranks can form.
-inline std::vector<int> tensor_sizes() {
-  std::vector<int> sizes;
-  for (const int size : {1, 2, 4}) {
-    if (test_world().size() % size == 0) sizes.push_back(size);
-  }
-  return sizes;
-}
 
 /// Normal numbers, the same on every rank; `what` names them.
 inline at::Tensor random_tensor(const std::string& what, std::vector<int64_t> shape, const at::TensorOptions& options,
@@ -271,19 +264,6 @@ inline at::Tensor full_weights(const Parts& p, Split split) {
   return at::cat(flat);
 }
 
-/// Collective over the world. Parameters that are not the same bits on all ranks that hold them.
-inline std::vector<std::string> unequal_replicas(const Parts& p) {
-  std::vector<std::string> names;
-  for (const auto& parameter : p.store.parameters()) {
-    Communicator& group = parameter.spec.shard.whole() ? p.mesh.world() : p.mesh.dp();
-    const at::Tensor high = parameter.master.contiguous().view(at::kInt).clone(), low = high.clone();
-    group.all_reduce(high, ReduceOp::max, Purpose::startup);
-    group.all_reduce(low, ReduceOp::min, Purpose::startup);
-    if (!at::equal(high, low)) names.push_back(parameter.spec.name);
-  }
-  return names;
-}
-
 // ---- gradients are finite differences ------------------------------------------------------------------------------
 
 /// Called after a parameter was moved: what a method keeps of it has to follow.
@@ -397,7 +377,7 @@ inline double regulariser(const Parts& p) {
     sum += at::linalg_vector_norm(gram - at::eye(gram.size(0), gram.options())).item<double>();
     ++matrices;
   }
-  return p.method.config().adalora.orth_reg_weight * sum / static_cast<double>(matrices);
+  return p.method.config().options.get<AdaLoraConfig>().orth_reg_weight * sum / static_cast<double>(matrices);
 }
 
 /// Collective over the mesh; float64. The gradient that `accumulate` leaves against the regulariser's differences.
@@ -502,23 +482,5 @@ inline at::Tensor kept_ranks(const Parts& p) {
   }
   return at::cat(kept);
 }
-
-/// Collective over the world. A folder that all ranks see; it goes with the object.
-class SharedFolder {
- public:
-  SharedFolder() {
-    if (test_world().rank() == 0) folder_ = std::make_unique<TemporaryFolder>();
-    std::string name = folder_ ? folder_->path() : "";
-    name.resize(4096);
-    MPI_Bcast(name.data(), static_cast<int>(name.size()), MPI_CHAR, 0, test_world().comm());
-    path_ = name.c_str();
-  }
-  ~SharedFolder() { MPI_Barrier(test_world().comm()); }
-  const std::string& path() const { return path_; }
-
- private:
-  std::unique_ptr<TemporaryFolder> folder_;
-  std::string path_;
-};
 
 }  // namespace corank::test

@@ -73,7 +73,7 @@ TEST_P(Runs, StepsAreTheSameInEveryLayoutAndChangeTheAdapterAlone) {
     const Weights base = frozen_weights(p), parameters = parameters_of(p);
     std::vector<std::string> unequal;
     const auto losses = losses_of(run, kSteps, [&] {
-      for (const std::string& name : unequal_replicas(p)) unequal.push_back(name);
+      for (const std::string& name : unequal_replicas(p.mesh, p.store)) unequal.push_back(name);
     });
     if (first.empty()) first = losses;
     EXPECT_LT(loss_deviation(losses, first), kSingle);
@@ -102,9 +102,10 @@ Checkpoints checkpoints_of(TinyRun& run, DiskStorage& disk, const std::string& f
           *run.optimizer, *run.method};
 }
 
-/// Full fine-tuning leaves no folder of an adapter. PiSSA's is one on W, which is quantised otherwise than W - s B A.
+/// Full fine-tuning leaves no folder of an adapter; that of PiSSA is one on W, which is quantised otherwise than
+/// W - s B A.
 bool folder_is_exact(const Combination& c) {
-  return !c.trains_base() && (c.variant.config.method != "pissa" || c.format == "none");
+  return !c.trains_base() && (c.format == "none" || make_method(c.config())->beyond_quantised().empty());
 }
 
 /// Collective over the world. The folder that PEFT gets of `run`, read back.
@@ -118,7 +119,7 @@ SavedAdapter written_and_read(const TinyRun& run, const Combination& c, const st
 
 TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
   const Combination c = GetParam();
-  const SharedFolder folder;
+  const SharedFolder folder(test_world());
   const int split = tensor_sizes().back(), other = std::max(1, split / 2);
   TinyRun saved(&test_world(), split, c), resumed(&test_world(), other, c);
   losses_of(saved, 2);
@@ -131,9 +132,7 @@ TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
   std::unique_ptr<TinyRun> started;
   if (folder_is_exact(c)) {
     const SavedAdapter file = written_and_read(saved, c, folder.path() + "/adapter");
-    std::vector<std::string> linears;
-    for (const AdaptedLinear* linear : saved.model->linears()) linears.push_back(linear->name());
-    const AdapterConfig config = merge_with_file(c.config(), {}, file.config, linears);
+    const AdapterConfig config = merge_with_file(c.config(), {}, file.config, module_names(*saved.model));
     started = std::make_unique<TinyRun>(&test_world(), other, c, config, &file);
     started->batches.restore(saved.batches.state());
   }
@@ -188,7 +187,7 @@ TEST(Dora, NormsAreThoseOfTheFullWeightOnEveryRank) {
       randomise(p);
       p.method.initialise(p.mesh);  // the magnitudes become the norms
       for (const Split split : {Split::column, Split::row}) EXPECT_LT(norm_deviation(p, split), 1e-6) << format;
-      EXPECT_EQ(unequal_replicas(p), std::vector<std::string>{}) << format << " tp " << tensor;
+      EXPECT_EQ(unequal_replicas(p.mesh, p.store), std::vector<std::string>{}) << format << " tp " << tensor;
     }
   }
 }

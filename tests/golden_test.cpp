@@ -10,6 +10,7 @@
 #include "trainer/files/peft_config.h"
 #include "trainer/methods/mora_update.h"
 #include "trainer/methods/rank_budget.h"
+#include "trainer/methods/targets.h"
 #include "trainer/run/generation.h"
 
 // Against values that transformers and PEFT computed (tests/golden/make_golden.py, make_families.py), float32 on the
@@ -171,7 +172,8 @@ TEST_F(AdaLoraGolden, MasksOfEveryStepAndTheFolderAtTheEndAreThoseOfPeft) {
   for (int64_t step = 1; step <= 20; ++step) {
     run.step(golden_.batches(), step, lr_at(schedule, step));
     const json& expected = schedule_["steps"][step - 1];
-    EXPECT_EQ(budget_at(adapter_.config.adalora, 14, step), expected["budget"].get<int64_t>()) << "step " << step;
+    EXPECT_EQ(budget_at(adapter_.config.options.get<AdaLoraConfig>(), 14, step), expected["budget"].get<int64_t>())
+        << "step " << step;
     for (size_t m = 0; m < schedule_["modules"].size(); ++m) {
       const auto name = "base_model.model." + schedule_["modules"][m].get<std::string>() + ".lora_E";
       EXPECT_EQ(alive(run.store.at(name).master), expected["kept"][m].get<std::string>()) << name << " step " << step;
@@ -180,7 +182,8 @@ TEST_F(AdaLoraGolden, MasksOfEveryStepAndTheFolderAtTheEndAreThoseOfPeft) {
   SavedAdapter result{adapter_.config, "", run.store.gather(run.store.masters(), run.mesh.tp())};
   run.method->to_peft(result);
   const SavedAdapter final = read_adapter(golden_.path("adapter_final"));
-  EXPECT_EQ(result.config.adalora.kept_ranks, final.config.adalora.kept_ranks);
+  EXPECT_EQ(result.config.options.get<AdaLoraConfig>().kept_ranks,
+            final.config.options.get<AdaLoraConfig>().kept_ranks);
   const std::map<std::string, at::Tensor> tensors(result.tensors.begin(), result.tensors.end());
   for (const auto& [name, tensor] : final.tensors) EXPECT_LT(relative_error(tensors.at(name), tensor), 1e-4) << name;
   TrainingRun again(nullptr, 1, model_at(golden_.model()), final.config, {}, 42, &final);
@@ -427,13 +430,16 @@ TEST(Gpt2, AFolderOfTheBareModelIsTheSameModel) {
 }
 
 TEST(TargetModules, MatchPeft) {
-  std::vector<std::string> linears;
+  ModuleNames modules;
   {
     Ledger ledger;
     const auto solo = make_solo_communicator(at::kCPU, ledger);
-    const auto model = outline_model(model_at(golden("llama/model")), *solo);
-    for (const AdaptedLinear* linear : model->linears()) linears.push_back(linear->name());
+    modules = module_names(*outline_model(model_at(golden("llama/model")), *solo));
   }
+  const auto targets = [&](const AdapterConfig& config) {
+    require_only_linears(config, modules.others);
+    return select_targets(config, modules.linears);
+  };
   int64_t settings = 0;
   for (const auto& setting : nlohmann::ordered_json::parse(read_file(golden("peft_targets.json")))) {
     const std::string title = setting["title"].get<std::string>();
@@ -442,12 +448,12 @@ TEST(TargetModules, MatchPeft) {
     SCOPED_TRACE(title);
     auto text = config;
     text["peft_type"] = "LORA";
-    const auto parse = [&] { return parse_peft_config(text.dump(), title, linears); };
+    const auto parse = [&] { return parse_peft_config(text.dump(), title, modules.linears); };
     if (!setting.contains("modules") || title == "the head") {  // the head takes no adapter here: refused, not ignored
-      EXPECT_THROW(select_targets(parse(), linears), Error);
+      EXPECT_THROW(targets(parse()), Error);
     } else {
       const AdapterConfig parsed = parse();
-      std::vector<std::string> expected, found = select_targets(parsed, linears);
+      std::vector<std::string> expected, found = targets(parsed);
       for (const auto& module : setting["modules"]) {
         const std::string name = module["name"].get<std::string>();
         expected.push_back(name);

@@ -9,6 +9,8 @@
 #include "tests/golden_case.h"
 #include "trainer/files/adapter_file.h"
 #include "trainer/methods/merged.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/run/checkpoint.h"
 #include "trainer/run/generation.h"
 
@@ -214,8 +216,8 @@ TEST_F(Merge, EveryMethodAfterTrainingIsItsMergedModel) {
     SCOPED_TRACE(fmt::format("{} {}", method, type));
     AdapterConfig config;
     config.method = method;
-    config.mora_type = type;
-    config.adalora = {
+    config.options.edit<MoraConfig>().type = type;
+    config.options.edit<AdaLoraConfig>() = {
         .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
     const SavedAdapter adapter = trained(model_at(base_), config, path("adapter.h5"));
     merge(model_at(base_), adapter);

@@ -1,5 +1,6 @@
 #include "tests/topology_cases.h"
 #include "trainer/files/adapter_file.h"
+#include "trainer/files/check_adapter.h"
 #include "trainer/methods/adapter_set.h"
 #include "trainer/methods/lora_factors.h"
 #include "trainer/methods/merged.h"
@@ -17,7 +18,7 @@ const Setting kMethods[] = {
     {.name = "mora_sharing", .method = "mora"},
     {.name = "mora_blocks", .method = "mora", .mora_type = 2},
     {.name = "mora_rotation", .method = "mora", .mora_type = 6},
-    {.name = "remora", .method = "mora", .remora_steps = 12},
+    {.name = "remora", .method = "mora", .remora_steps = 4},
     {.name = "pissa", .method = "pissa"},
     {.name = "pissa_nf4", .method = "pissa", .quantization = "nf4"},
     {.name = "modules_to_save", .modules_to_save = {"embed_tokens", "norm", "lm_head"}},
@@ -47,8 +48,7 @@ class MergedInMemory : public Topology {};
 TEST_P(MergedInMemory, IsTheAdapterAndGoesBackToTheBit) {
   const Setting setting = GetParam();
   const std::vector<int64_t> tokens{3, 14, 15, 92, 65, 35, 89, 79};
-  for (const int tensor : {1, 2, 4}) {
-    if (test_world().size() % tensor != 0) continue;
+  for (const int tensor : tensor_sizes()) {
     TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
     const auto logits = [&] { return all_logits(*run.model, tokens, run.mesh.tp()); };
     const auto weights = [&] {
@@ -58,7 +58,7 @@ TEST_P(MergedInMemory, IsTheAdapterAndGoesBackToTheBit) {
       return all;
     };
     const at::Tensor untrained = logits();
-    Loader batches(data_, loader(setting, &run.mesh));
+    Loader batches(data_, loader(setting, run.mesh));
     for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, rate(setting));
     const at::Tensor before = logits();
     const auto weights_before = weights();
@@ -115,18 +115,39 @@ class Switching : public testing::TestWithParam<Setting> {
   /// As a run of three steps leaves it, on the model's own weights.
   SavedAdapter trained(const Setting& setting, const AdapterConfig& config) {
     TrainingRun run(nullptr, 1, tiny(setting), config);
-    Loader batches(data_, loader(setting, nullptr));
+    Loader batches(data_, loader(setting, run.mesh));
     for (int64_t step = 1; step <= 3; ++step) run.step(batches.next(), step, 1e-2);
     SavedAdapter file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
     run.method->from_checkpoint(file);
     return file;
   }
 
-#ifdef CORANK_GPU_TEST
-  static constexpr const char* kBackend = "nccl";
-#else
-  static constexpr const char* kBackend = "mpi";
-#endif
+  using Logits = std::map<std::string, at::Tensor>;
+
+  static at::Tensor logits_of(const Model& model, const Mesh& mesh) {
+    return all_logits(model, {3, 14, 15, 92, 65, 35, 89, 79}, mesh.tp());
+  }
+
+  /// `alone`: of models that have one of the adapters each.
+  void expect_switches(int tensor, const std::map<std::string, SavedAdapter>& files, bool merged, Logits alone) {
+    SCOPED_TRACE(merged ? "merged" : "added");
+    const Mesh& mesh = shared_mesh(&test_world(), tensor).mesh;
+    ModelOptions options = tiny(GetParam());
+    options.device = mesh.device();
+    const auto model = load_model(options, mesh.tp());
+    AdapterSet set(*model, mesh, options.dtype, merged);
+    alone.emplace("base", logits_of(*model, mesh));
+    for (const auto& [name, file] : files) set.load(name, file);
+    for (const char* name : {"base", "dora", "lora", "dora", "adalora", "base", "pissa", "mora", "dora", "pissa"}) {
+      set.use(name);
+      EXPECT_EQ(set.in_use(), name);
+      EXPECT_TRUE(at::equal(logits_of(*model, mesh), alone.at(name))) << name;
+      EXPECT_EQ(at::equal(alone.at(name), alone.at("base")), name == std::string("base"));
+    }
+    EXPECT_THROW(set.use("nobody"), ConfigError);
+    EXPECT_EQ(set.in_use(), "pissa");
+  }
+
   TokenFile data_{repository("configs/tiny/train.h5")};
 };
 
@@ -144,34 +165,17 @@ TEST_P(Switching, GivesTheBitsOfAModelThatHadNoOther) {
     }
     files.emplace(method, trained(setting, config));
   }
-  const std::vector<int64_t> tokens{3, 14, 15, 92, 65, 35, 89, 79};
-  for (const int tensor : {1, 2, 4}) {
-    if (test_world().size() % tensor != 0) continue;
-    for (const bool merged : {false, true}) {
-      std::map<std::string, at::Tensor> alone;
-      for (const auto& [name, file] : files) {
-        TrainingRun run(&test_world(), tensor, tiny(GetParam()), file.config, {}, 42, &file);
-        if (merged) merge_adapter(*run.model, *run.method, run.store, run.mesh.tp());
-        alone.emplace(name, all_logits(*run.model, tokens, run.mesh.tp()));
-      }
-      Ledger ledger;
-      const Mesh mesh(make_communicator(kBackend, test_world(), ledger), tensor);
-      ModelOptions options = tiny(GetParam());
-      options.device = mesh.device();
-      const auto model = load_model(options, mesh.tp());
-      AdapterSet set(*model, mesh, options.dtype, merged);
-      alone.emplace("base", all_logits(*model, tokens, mesh.tp()));
-      for (const auto& [name, file] : files) set.load(name, file);
-      for (const char* name : {"base", "dora", "lora", "dora", "adalora", "base", "pissa", "mora", "dora", "pissa"}) {
-        set.use(name);
-        EXPECT_EQ(set.in_use(), name);
-        EXPECT_TRUE(at::equal(all_logits(*model, tokens, mesh.tp()), alone.at(name)))
-            << name << " tp " << tensor << " merged " << merged;
-        EXPECT_EQ(at::equal(alone.at(name), alone.at("base")), name == std::string("base"));
-      }
-      EXPECT_THROW(set.use("nobody"), ConfigError);
-      EXPECT_EQ(set.in_use(), "pissa");
+  for (const int tensor : tensor_sizes()) {
+    SCOPED_TRACE("tp " + std::to_string(tensor));
+    Logits added, merged;
+    for (const auto& [name, file] : files) {
+      TrainingRun run(&test_world(), tensor, tiny(GetParam()), file.config, {}, 42, &file);
+      added.emplace(name, logits_of(*run.model, run.mesh));
+      merge_adapter(*run.model, *run.method, run.store, run.mesh.tp());
+      merged.emplace(name, logits_of(*run.model, run.mesh));
     }
+    expect_switches(tensor, files, /*merged=*/false, std::move(added));
+    expect_switches(tensor, files, /*merged=*/true, std::move(merged));
   }
 }
 
@@ -181,7 +185,7 @@ class Remora : public testing::Test {
   static constexpr int64_t kSpan = 3;
 
   Remora() : run_(&test_world(), test_world().size() % 2 == 0 ? 2 : 1, tiny(setting_), adapter(setting_)) {
-    Loader batches(data_, loader(setting_, &run_.mesh));
+    Loader batches(data_, loader(setting_, run_.mesh));
     for (int64_t step = 1; step < kSpan; ++step) run_.step(batches.next(), step, rate(setting_));
   }
 
@@ -239,8 +243,8 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
   disk.write_file(folder.path() + path, adapter_h5_image(file()));
   const SavedAdapter read = read_adapter(folder.path());
   check_adapter(read, folder.path());
-  EXPECT_EQ(read.config.remora.types, (std::vector<int64_t>{1, 2}));
-  EXPECT_EQ(read.config.remora.merges, 1);
+  EXPECT_EQ(read.config.options.get<MoraConfig>().types, (std::vector<int64_t>{1, 2}));
+  EXPECT_EQ(read.config.options.get<MoraConfig>().merges, 1);
   const TrainingRun later(&test_world(), 1, tiny(setting_), read.config, {}, 42, &read);
   EXPECT_LT(relative_error(logits(later), logits(run_)), 1e-5);
   try {
@@ -258,7 +262,7 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
 
 TEST_F(Remora, TheRateWarmsUpAndBiasCorrectionBeginsAnewAfterEachRestart) {
   AdapterConfig config = adapter(setting_);
-  config.remora = {.steps = 100, .types = {1, 2}, .warmup_steps = 10, .merges = 0};
+  config.options.edit<MoraConfig>() = {.steps = 100, .types = {1, 2}, .warmup_steps = 10, .merges = 0};
   const auto method = make_method(config);
   const std::vector<std::tuple<int64_t, double, int64_t>> wanted{
       {1, 1, 1}, {5, 1, 5}, {100, 1, 100}, {101, 0, 1}, {106, 0.5, 6}, {111, 1, 11}, {200, 1, 100}, {201, 0, 1}};

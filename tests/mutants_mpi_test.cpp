@@ -1,3 +1,4 @@
+#include "configs/error.h"
 #include "tests/conformance.h"
 #include "trainer/methods/mora_update.h"
 
@@ -13,10 +14,7 @@ int ranks() { return test_world().size(); }
 Combination plain(const std::string& method) { return {{method, small(method)}, "none"}; }
 
 /// The same ranks as a mesh that splits nothing: what a method sums over tp stays this rank's part.
-struct Unsplit {
-  Ledger ledger;
-  Mesh mesh{ranks_of(&test_world(), ledger), 1};
-};
+const Mesh& unsplit() { return shared_mesh(&test_world(), 1).mesh; }
 
 /// A method of which a subclass changes one thing.
 class Altered : public AdapterMethod {
@@ -43,10 +41,7 @@ class Altered : public AdapterMethod {
 class OwnStatistics : public Altered {
  public:
   using Altered::Altered;
-  bool on_step_end(int64_t step, const Mesh&) override { return Altered::on_step_end(step, unsplit_.mesh); }
-
- private:
-  Unsplit unsplit_;
+  bool on_step_end(int64_t step, const Mesh&) override { return Altered::on_step_end(step, unsplit()); }
 };
 
 /// What does not come from the loss is added when early() is called.
@@ -74,13 +69,12 @@ double layout_deviation(const Combination& c, const std::vector<double>& losses)
 TEST(Mutants, DoraWithoutTheSumOfRowParallelNorms) {
   Layers layers(&test_world(), ranks(), plain("dora"), at::kFloat);
   const Parts p = parts_of(layers);
-  const Unsplit unsplit;
   randomise(p);
   EXPECT_LT(merged_deviation(p, Split::row).forward, kSingle);
-  p.method.begin(unsplit.mesh);
+  p.method.begin(unsplit());
   EXPECT_GT(merged_deviation(p, Split::row).forward, kSeen);
   EXPECT_LT(merged_deviation(p, Split::column).forward, kSingle) << "nothing is summed there";
-  p.method.initialise(unsplit.mesh);
+  p.method.initialise(unsplit());
   EXPECT_GT(norm_deviation(p, Split::row), kSeen);
 }
 
@@ -147,9 +141,9 @@ TEST(Mutants, ReplicatedFactorsWhoseGradientsAreNotSummedOverTp) {
     wrong.reducer =
         std::make_unique<GradReducer>(wrong.mesh, all.narrow(0, 0, 0), all, wrong.method->gradient_purpose());
     EXPECT_LT(layout_deviation(plain(method), losses_of(right, 3)), kSingle) << method;
-    EXPECT_EQ(unequal_replicas(parts_of(right)), std::vector<std::string>{}) << method;
+    EXPECT_EQ(unequal_replicas(right.mesh, right.store), std::vector<std::string>{}) << method;
     EXPECT_GT(layout_deviation(plain(method), losses_of(wrong, 3)), 2 * kSingle) << method;
-    EXPECT_NE(unequal_replicas(parts_of(wrong)), std::vector<std::string>{}) << method;
+    EXPECT_NE(unequal_replicas(wrong.mesh, wrong.store), std::vector<std::string>{}) << method;
   }
 }
 
@@ -166,8 +160,7 @@ TEST(Mutants, WeightsSlicedBeforeTheyAreQuantised) {
   const at::Tensor w_OI = random_tensor("w", shape, at::kFloat, 0.02);
   StoredWeight stored{"w", [&](const Shard& shard) { return take_shard(w_OI, shard).contiguous(); },
                       [] { return std::nullopt; }};
-  Ledger ledger;
-  const Mesh mesh(ranks_of(&test_world(), ledger), ranks());
+  const Mesh& mesh = shared_mesh(&test_world(), ranks()).mesh;
   const auto options = [&](const std::string& name, bool double_quant) {
     return FormatOptions{name, double_quant, at::kFloat, mesh.device()};
   };
@@ -233,7 +226,7 @@ class FixedAdapter : public Adapter {
 TEST(Mutants, MoraPaddingThatDoesNotWrapAround) {
   for (const auto& [type, grouping] : {std::pair{1, ops::Grouping::modulo}, std::pair{6, ops::Grouping::rotate}}) {
     Combination mora = plain("mora");
-    mora.variant.config.mora_type = type;
+    mora.variant.config.options.edit<MoraConfig>().type = type;
     Layers layers(nullptr, 1, mora, at::kFloat);
     const Parts p = parts_of(layers);
     randomise(p);
@@ -258,6 +251,43 @@ TEST(Mutants, AGradientOffByAMillionth) {
   EXPECT_LT(deviation(slope), kGradient);
   EXPECT_GT(deviation(slope * (1 + 1e-6)), kGradient);
   EXPECT_GT(deviation(slope * 0), 1) << "no gradient at all";
+}
+
+using Collectives = std::function<void(Communicator&)>;
+
+/// Calls collectives of its own beside those of the method, on the ranks that are told to.
+class Beside : public Altered {
+ public:
+  using Altered::Altered;
+  void add_gradients(int64_t step, const Mesh& mesh) override {
+    if (own) own(mesh.tp());
+    Altered::add_gradients(step, mesh);
+  }
+  Collectives own;
+};
+
+/// Why a step of a method with collectives of its own came to nothing; "" if it did not.
+std::string refusal_beside(const Collectives& own) {
+  TinyRun run(&test_world(), ranks(), plain("lora"));
+  alter<Beside>(run).own = own;
+  try {
+    run.train(1);
+  } catch (const DisagreeError& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Mutants, CollectivesThatNotAllRanksCall) {
+  const bool first = test_world().rank() == 0;
+  const auto sum_for = [](Purpose purpose) {
+    return Collectives([purpose](Communicator& tp) { tp.all_reduce(at::ones({3}), ReduceOp::sum, purpose); });
+  };
+  EXPECT_EQ(refusal_beside(sum_for(Purpose::adapter_statistics)), "");
+  const std::string alone = refusal_beside(first ? sum_for(Purpose::adapter_statistics) : nullptr);
+  EXPECT_NE(alone.find("differ in type, number of elements, purpose."), std::string::npos) << alone;
+  const std::string other = refusal_beside(sum_for(first ? Purpose::adapter_statistics : Purpose::gradient_norm));
+  EXPECT_NE(other.find("differ in purpose."), std::string::npos) << other;
 }
 
 TEST(Mutants, ABaseWeightThatMoves) {

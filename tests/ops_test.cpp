@@ -179,7 +179,7 @@ TEST(Dora, NormsWithoutTheUpdateAreThoseOfTheSum) {
 
 /// Shows itself as a new tensor each time and remembers the last one without keeping it alive.
 struct Watched : Matrix {
-  at::Tensor dense_OI() const override {
+  at::Tensor unpack(Pass) const override {
     const at::Tensor w = random({6, 5}, "w");
     last = c10::weak_intrusive_ptr<c10::StorageImpl>(w.storage().getWeakStorageImpl());
     return w;
@@ -513,9 +513,11 @@ TEST(AdamWTest, FusedIsThePlainFormula) {
     for (auto* set : {&fused, &plain}) {
       *set = {random({50}, "p").to(dtype), at::zeros({50}, dtype), at::zeros({50}, dtype)};
     }
+    const at::Tensor rate = adamw_learning_rate(fused[0]).fill_(1e-2), goes = at::zeros({}, at::kFloat);
     for (int64_t step = 1; step <= 5; ++step) {
       const at::Tensor g = random({50}, "g" + std::to_string(step)).to(dtype);
-      adamw(fused[0], g, fused[1], fused[2], 1e-2, 0.1, step, {});
+      adamw(fused[0], g, fused[1], fused[2], rate, 0.1, at::full({}, step, at::kFloat), {}, goes);
+      adamw(fused[0], g, fused[1], fused[2], rate, 0.1, at::full({}, step, at::kFloat), {}, goes + 1);  // nothing
       adamw_reference(plain[0], g, plain[1], plain[2], 1e-2, 0.1, step, {});
     }
     for (int i = 0; i < 3; ++i) EXPECT_LT(relative_error(fused[i], plain[i]), dtype == at::kFloat ? 1e-6 : 1e-14);

@@ -10,6 +10,7 @@
 #include "trainer/files/peft_config.h"
 #include "trainer/methods/diagonal_update.h"
 #include "trainer/methods/dora_update.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/ops/gram.h"
 #include "trainer/ops/svd.h"
 #include "trainer/run/generation.h"
@@ -238,7 +239,7 @@ TEST_F(Row14, MergedWeights) {
     config.method = method;
     config.r = scalars_["r"];
     config.lora_alpha = scalar(method == "adalora" ? "adalora_alpha" : "alpha");
-    config.adalora.init_r = scalars_["r"];
+    config.options.edit<AdaLoraConfig>().init_r = scalars_["r"];
     const bool bare = method == "adalora";
     const ModuleTensors tensors{{bare ? ".lora_A" : ".lora_A.weight", read("A")},
                                 {bare ? ".lora_B" : ".lora_B.weight", read("B")},

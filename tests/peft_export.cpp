@@ -8,6 +8,7 @@
 #include "tests/support.h"
 #include "trainer/files/adapter_file.h"
 #include "trainer/files/merge.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/run/checkpoint.h"
 #include "trainer/run/generation.h"
 
@@ -21,9 +22,10 @@ int main(int argc, char** argv) {
   AdapterConfig config;
   if (argc > 3) config.method = argv[3];
   for (int i = 4; i < argc; ++i) config.modules_to_save.emplace_back(argv[i]);
-  config.adalora.init_r = 6;
-  config.adalora.target_r = 3;
-  config.adalora.total_step = 3;
+  AdaLoraConfig& budget = config.options.edit<AdaLoraConfig>();
+  budget.init_r = 6;
+  budget.target_r = 3;
+  budget.total_step = 3;
   if (config.method != "adalora") {
     config.use_rslora = true;
     config.rank_pattern = {{"q_proj", 4}, {"layers.1.mlp.down_proj", 6}};

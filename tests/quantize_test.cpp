@@ -9,6 +9,7 @@
 #include "data/storage.h"
 #include "data/weight_file.h"
 #include "tests/support.h"
+#include "trainer/methods/pissa.h"
 #include "trainer/weights/frozen_weight.h"
 
 // Against plain arithmetic, one weight at a time, from the formulas of methods 6. Equal means equal bits.
@@ -533,7 +534,7 @@ TEST(QPissa, RoundsAreThoseOfThePlainFormAndLowerTheError) {
   WeightFile file(golden("llama/model"));
   std::map<std::string, double> before;
   for (const int64_t rounds : {1, 2, 3, 5}) {
-    config.pissa_iterations = rounds;
+    config.options.edit<PissaConfig>().iterations = rounds;
     TrainingRun run(nullptr, 1, quantised_model(golden("llama/model")), config);
     for (const AdaptedLinear* linear : run.model->linears()) {
       const at::Tensor w = file.read(linear->name() + ".weight");
@@ -554,7 +555,7 @@ TEST(Rebuild, ChangesTheFullWeightBeforeItIsQuantised) {
   const ModelOptions options = quantised_model(golden("llama/model"));
   const auto plain = load(options), changed = load(options);
   AdaptedLinear& doubled = *changed->linears()[5];
-  const at::Tensor before = plain->linears()[5]->weight().dense_OI();
+  const at::Tensor before = plain->linears()[5]->weight().dense_OI().clone();
   doubled.rebuild([](const at::Tensor& w) { return w * 2; });
   EXPECT_TRUE(same_bits(doubled.weight().dense_OI(), before * 2));
   doubled.rebuild();

@@ -1,11 +1,17 @@
-"""The sources of the tree: their #includes against the table of rooms in docs/design.md, and that one file alone writes."""
+"""The sources: their #includes against the table of rooms in docs/design.md; names that stay in the files they belong to; that
+one file alone writes."""
 
 import re
 import subprocess
+import sys
 import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "launch"))
+from count_tests import table
+
+METHODS = table("methods/methods.cpp", r"&(\w+)_method\(\)")
 OUTSIDE = {"tests", "cmake"}
 
 
@@ -25,7 +31,7 @@ def rooms(page):
 
 
 def sources():
-    """Name and text of every tracked C++ and CUDA source outside tests."""
+    """(name, text) of every tracked C++ and CUDA source outside tests."""
     listed = subprocess.run(["git", "ls-files", "*.cpp", "*.h", "*.cu", "*.cuh"], cwd=ROOT, text=True, capture_output=True,
                             check=True).stdout.split()
     for name in listed:
@@ -34,10 +40,31 @@ def sources():
 
 
 def includes():
-    """(file, included file)"""
+    """(file, included file) of every source."""
     for name, text in sources():
         for included in re.findall(r'^#include "([^"]+)"', text, re.M):
             yield name, included
+
+
+def module_names():
+    """The last parts of the names that families give to modules."""
+    texts = [(ROOT / "trainer/models" / name).read_text() for name in ("decoder.h", "gpt2.cpp", "phi3.cpp", "qwen.cpp")]
+    lines = re.findall(r"^.*(?:std::string|std::vector<std::string>|names)[ .].*$", "\n".join(texts), re.M)
+    names = {literal.rpartition(".")[2] for line in lines for literal in re.findall(r'"([\w.]+)"', line)}
+    return names - {"bias", "h", "layers", "norm"}  # words for other things too
+
+
+def misplaced(named, modules):
+    """Comparisons with a method's name outside its own file, and modules' names outside the families, a line each."""
+    found = []
+    compared = r'[!=]= *"(?:%s)"|method *[!=]= *"' % "|".join(set(METHODS) - {"full"})  # checkpointing is full too
+    ends = r'"(?:[\w.]+\.)?(?:%s)(?:\.weight)?"' % "|".join(sorted(modules))
+    for name, text in named:
+        if name not in {f"trainer/methods/{method}.cpp" for method in METHODS}:
+            found += [f"{name}: {line.strip()}" for line in text.splitlines() if re.search(compared, line)]
+        if not name.startswith("trainer/models/"):
+            found += [f"{name}: {line.strip()}" for line in text.splitlines() if re.search(ends, line)]
+    return found
 
 
 def offences(known, pairs):
@@ -98,6 +125,14 @@ class Rooms(unittest.TestCase):
         for name, included in (("trainer/ops/gram.cpp", "trainer/run/step.h"), ("trainer/models/qwen.cpp", "trainer/methods/config.h"),
                                ("trainer/new/x.cpp", "trainer/ops/gram.h")):
             self.assertEqual(len(offences(self.known, [(name, included)])), 1, name)
+
+    def test_names_of_methods_and_of_modules_stay_where_they_belong(self):
+        modules = module_names()
+        self.assertLessEqual({"q_proj", "lm_head", "wte", "c_attn", "qkv_proj", "q_norm", "ln_f"}, modules)
+        self.assertEqual(misplaced(sources(), modules), [])
+        for name, line in (("trainer/run/step.cpp", 'if (config.method == "x") {'), ("trainer/files/merge.cpp", 'return m != "dora";'),
+                           ("launch/bench.cpp", 'name.ends_with("q_proj")'), ("trainer/methods/lora.cpp", '"lm_head.weight"')):
+            self.assertEqual(len(misplaced([(name, line)], modules)), 1, line)
 
     def test_a_circle_in_the_table_is_refused(self):
         with self.assertRaises(ValueError):

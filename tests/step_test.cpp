@@ -1,7 +1,11 @@
 #include "trainer/run/step.h"
 
+#include <limits>
+
 #include "configs/error.h"
 #include "tests/support.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/rank_budget.h"
 
 namespace corank::test {
 namespace {
@@ -32,6 +36,67 @@ TEST(Step, WithoutATargetMovesNothing) {
   EXPECT_TRUE(at::equal(run.optimizer->exp_avg(), moments));
   run.step(step_of(batch_with(3)), 2, 1e-2);
   EXPECT_FALSE(at::equal(run.store.masters(), masters));
+}
+
+/// Everything that a step may change, as copies.
+std::vector<at::Tensor> state_of(TrainingRun& run) {
+  std::vector<at::Tensor> all{run.store.masters().clone(), run.optimizer->exp_avg().clone(),
+                              run.optimizer->exp_avg_sq().clone()};
+  for (const auto& entry : run.method->state()) all.push_back(entry.second.clone());
+  for (const AdaptedLinear* linear : run.model->linears()) all.push_back(linear->weight().dense_OI().clone());
+  return all;
+}
+
+size_t num_changed(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  size_t changed = 0;
+  for (size_t i = 0; i < a.size(); ++i) changed += at::equal(a[i], b[i]) ? 0 : 1;
+  return changed;
+}
+
+TEST(Step, ThatIsNotFiniteMovesNothingOfAnyMethod) {
+  for (const std::string& method : method_names()) {
+    AdapterConfig adapter;
+    adapter.method = method;
+    if (method == "adalora") {
+      adapter.options.edit<AdaLoraConfig>() = {
+          .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 1, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
+    }
+    if (method == "mora") {
+      adapter.options.edit<MoraConfig>() = {.steps = 3, .types = {1, 2}, .warmup_steps = 1};
+    }
+    TrainingRun run(nullptr, 1, tiny(), adapter, {{}, 0.1});
+    for (const int64_t step : {1, 2}) run.step(step_of(batch_with(3)), step, 1e-2);
+    const std::vector<at::Tensor> before = state_of(run);
+    const NamedWeight norm = run.model->other_weights().back();
+    const at::Tensor good = norm.weight->value.clone();
+    norm.weight->value.fill_(std::numeric_limits<double>::quiet_NaN());
+    EXPECT_THROW(run.step(step_of(batch_with(3)), 3, 1e-2), InputError) << method;
+    norm.weight->value.copy_(good);
+    EXPECT_EQ(num_changed(state_of(run), before), 0U) << method;
+    run.step(step_of(batch_with(3)), 3, 1e-2);
+    EXPECT_GE(num_changed(state_of(run), before), 3U) << method;
+  }
+}
+
+TEST(Step, GradientsAreClippedToTheNormAndNotBelow) {
+  std::vector<at::Tensor> moments;
+  for (const double most : {0.0, 1e6, 1e-3}) {
+    TrainingRun run(nullptr, 1, tiny(), AdapterConfig());
+    const double norm = run.step(step_of(batch_with(3)), 1, 0, most).grad_norm;
+    moments.push_back(run.optimizer->exp_avg() * (most == 1e-3 ? (norm + 1e-6) / most : 1));
+  }
+  EXPECT_TRUE(at::equal(moments[0], moments[1])) << "a norm below the limit keeps the bits";
+  EXPECT_LT(relative_error(moments[2], moments[0]), 1e-6);
+}
+
+TEST(Step, SaysThatItShallStopOnlyWhereAskedTo) {
+  TrainingRun run(nullptr, 1, tiny(), AdapterConfig());
+  const auto stops = [&](const std::function<bool()>& stop) {
+    return train_step(run.parts(), step_of(batch_with(3)), 1, {1e-2, 1.0, 42, stop}).stop;
+  };
+  EXPECT_TRUE(stops([] { return true; }));
+  EXPECT_FALSE(stops([] { return false; }));
+  EXPECT_FALSE(stops({}));
 }
 
 }  // namespace

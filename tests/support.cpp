@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <tuple>
 
 #ifdef CORANK_GPU_TEST
 #include <c10/cuda/CUDAFunctions.h>
@@ -11,13 +12,49 @@
 
 namespace corank::test {
 
-std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger) {
+namespace {
+
 #ifdef CORANK_GPU_TEST
-  if (world) return make_communicator("nccl", *world, ledger);
-  return make_solo_communicator(at::Device(at::kCUDA, c10::cuda::current_device()), ledger);
+constexpr const char* kBackend = "nccl";
+at::Device own_device() { return {at::kCUDA, c10::cuda::current_device()}; }
 #else
-  return world ? make_communicator("mpi", *world, ledger) : make_solo_communicator(at::kCPU, ledger);
+constexpr const char* kBackend = "mpi";
+at::Device own_device() { return at::kCPU; }
 #endif
+
+std::unique_ptr<Communicator> checked_ranks(const World* world, Ledger& ledger) {
+  auto ranks = world ? make_communicator(kBackend, *world, ledger) : make_solo_communicator(own_device(), ledger);
+  ranks->set_cross_check(true);
+  return ranks;
+}
+
+/// Ends the groups after the last test, while MPI and CUDA are still up.
+class SharedMeshes : public testing::Environment {
+ public:
+  SharedMesh& at(const World* world, int tensor) {
+    // A process alone stays on the device that is current: the first group of several ranks changes it.
+    const int device = world ? -1 : own_device().index();
+    std::unique_ptr<SharedMesh>& mesh = meshes_[{world, tensor, device}];
+    if (!mesh) mesh = std::make_unique<SharedMesh>(world, tensor);
+    return *mesh;
+  }
+  void TearDown() override { meshes_.clear(); }
+
+ private:
+  std::map<std::tuple<const World*, int, int>, std::unique_ptr<SharedMesh>> meshes_;
+};
+
+// GoogleTest owns it.
+SharedMeshes& meshes = static_cast<SharedMeshes&>(*testing::AddGlobalTestEnvironment(new SharedMeshes));
+
+}  // namespace
+
+SharedMesh::SharedMesh(const World* world, int tensor) : mesh(checked_ranks(world, ledger), tensor) {}
+
+SharedMesh& shared_mesh(const World* world, int tensor) { return meshes.at(world, tensor); }
+
+void set_cross_check(const Mesh& mesh, bool on) {
+  for (Communicator* group : {&mesh.world(), &mesh.dp(), &mesh.tp()}) group->set_cross_check(on);
 }
 
 double relative_error(const at::Tensor& a, const at::Tensor& b) {
@@ -29,7 +66,7 @@ double relative_error(const at::Tensor& a, const at::Tensor& b) {
 
 TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
                          OptimizerOptions optimizer_options, uint64_t run_seed, const SavedAdapter* file)
-    : mesh(ranks_of(world, ledger), tensor), seed(run_seed) {
+    : ledger(shared_mesh(world, tensor).ledger), mesh(shared_mesh(world, tensor).mesh), seed(run_seed) {
   options.device = mesh.device();
   model = load_model(options, mesh.tp());
   method = make_method(adapter);
@@ -40,8 +77,8 @@ TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, c
 }
 
 StepStats TrainingRun::step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm) {
-  const StepParts parts{mesh, *model, *method, store, *optimizer, *reducer};
-  return train_step(parts, batches, number, {learning_rate * method->learning_rate_scale(number), max_grad_norm, seed});
+  return train_step(parts(), batches, number,
+                    {learning_rate * method->learning_rate_scale(number), max_grad_norm, seed});
 }
 
 double accumulate(TrainingRun& run, const StepBatches& batches) {
@@ -59,6 +96,52 @@ double accumulate(TrainingRun& run, const StepBatches& batches) {
   return loss;
 }
 
+Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot& before) {
+  Ledger::Snapshot result;
+  for (int p = 0; p < kNumPurposes; ++p) result[p] = now[p] - before[p];
+  return result;
+}
+
+PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
+                               const StepBatches& batches, int64_t step) {
+  std::vector<BatchSize> sizes;
+  for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
+  return predict_step_bytes(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(), run.mesh.dp().size(),
+                            static_cast<int>(at::elementSize(model.dtype)), model.checkpointing, sizes, step);
+}
+
+void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, int64_t unasked, const std::string& what) {
+  predicted[Purpose::data_control] -= unasked;
+  for (int p = 0; p < kNumPurposes; ++p) {
+    const auto purpose = static_cast<Purpose>(p);
+    EXPECT_EQ(counted[p].payload_bytes, predicted[purpose]) << name(purpose) << ' ' << what;
+  }
+}
+
+std::vector<std::string> unequal_replicas(const Mesh& mesh, const ParameterStore& store) {
+  std::vector<std::string> names;
+  for (const bool whole : {true, false}) {
+    std::vector<at::Tensor> bits;
+    std::vector<std::string> held;
+    for (const auto& parameter : store.parameters()) {
+      if (parameter.spec.shard.whole() != whole) continue;
+      bits.push_back(parameter.master.contiguous().view(at::kInt).flatten());
+      held.push_back(parameter.spec.name);
+    }
+    if (bits.empty()) continue;
+    Communicator& group = whole ? mesh.world() : mesh.dp();
+    const at::Tensor high = at::cat(bits), low = high.clone();
+    group.all_reduce(high, ReduceOp::max, Purpose::startup);
+    group.all_reduce(low, ReduceOp::min, Purpose::startup);
+    const at::Tensor unequal = (high != low).to(at::kCPU);
+    int64_t begin = 0;
+    for (size_t i = 0; i < bits.size(); begin += bits[i++].numel()) {
+      if (unequal.narrow(0, begin, bits[i].numel()).any().item<bool>()) names.push_back(held[i]);
+    }
+  }
+  return names;
+}
+
 std::string golden(const std::string& name) { return repository("tests/golden/" + name); }
 std::string repository(const std::string& name) { return (std::filesystem::path(CORANK_SOURCE_DIR) / name).string(); }
 
@@ -67,5 +150,14 @@ TemporaryFolder::TemporaryFolder() {
   path_ = mkdtemp(pattern.data());
 }
 TemporaryFolder::~TemporaryFolder() { std::filesystem::remove_all(path_); }
+
+SharedFolder::SharedFolder(const World& world) : world_(world) {
+  if (world.rank() == 0) folder_ = std::make_unique<TemporaryFolder>();
+  std::string name = folder_ ? folder_->path() : "";
+  name.resize(4096);
+  MPI_Bcast(name.data(), static_cast<int>(name.size()), MPI_CHAR, 0, world.comm());
+  path_ = name.c_str();
+}
+SharedFolder::~SharedFolder() { MPI_Barrier(world_.comm()); }
 
 }  // namespace corank::test

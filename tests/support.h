@@ -1,6 +1,7 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "trainer/run/optimizer.h"
 #include "trainer/run/schedule.h"
 #include "trainer/run/step.h"
+#include "trainer/run/traffic.h"
 
 /// What the tests of trainer/ share.
 namespace corank::test {
@@ -21,18 +23,32 @@ namespace corank::test {
 /// ||a - b|| / ||b|| in float64; 0 if both are zero.
 double relative_error(const at::Tensor& a, const at::Tensor& b);
 
-/// The ranks of `world` (null: this process alone) as this build's tests have them: MPI, or NCCL in those of GPUs.
-std::unique_ptr<Communicator> ranks_of(const World* world, Ledger& ledger);
+/// The ranks of a program as a mesh, and what they have sent since it began: look at differences.
+struct SharedMesh {
+  SharedMesh(const World* world, int tensor);
+
+  Ledger ledger;
+  Mesh mesh;
+};
+
+/// Collective over `world` (null: this process alone). Made for the first that asks, then shared until the program
+/// ends: NCCL takes a second and more for every group. The backend is this build's, MPI or, in the tests of GPUs, NCCL;
+/// cross-check is on.
+SharedMesh& shared_mesh(const World* world, int tensor);
+
+/// Of all groups of `mesh`; alike on all ranks.
+void set_cross_check(const Mesh& mesh, bool on);
 
 /// Everything between a model and a step, over the ranks of `world` (null: this process alone).
 struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
               OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
 
+  StepParts parts() { return {mesh, *model, *method, store, *optimizer, *reducer}; }
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
 
-  Ledger ledger;
-  Mesh mesh;
+  Ledger& ledger;    ///< shared
+  const Mesh& mesh;  ///< shared
   std::unique_ptr<Model> model;
   std::unique_ptr<AdapterMethod> method;
   ParameterStore store;
@@ -43,6 +59,20 @@ struct TrainingRun {
 
 /// Adds the gradients of a global batch to the store, without a step; returns its loss.
 double accumulate(TrainingRun& run, const StepBatches& batches);
+
+Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot& before);
+
+using PredictedBytes = std::map<Purpose, int64_t>;
+
+/// Bytes of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`, the trainer's question whether
+/// to stop included.
+PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
+                               const StepBatches& batches, int64_t step);
+/// `unasked`: bytes of a question that was not counted.
+void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, int64_t unasked, const std::string& what);
+
+/// Collective over the world. Parameters that are not the same bits on all ranks that hold them.
+std::vector<std::string> unequal_replicas(const Mesh& mesh, const ParameterStore& store);
 
 /// A path below tests/golden or the repository.
 std::string golden(const std::string& name);
@@ -56,6 +86,19 @@ class TemporaryFolder {
   std::string path(const std::string& name = "") const { return name.empty() ? path_ : path_ + "/" + name; }
 
  private:
+  std::string path_;
+};
+
+/// Collective over `world`. A folder that all ranks see; it goes with the object.
+class SharedFolder {
+ public:
+  explicit SharedFolder(const World& world);
+  ~SharedFolder();
+  const std::string& path() const { return path_; }
+
+ private:
+  const World& world_;
+  std::unique_ptr<TemporaryFolder> folder_;  ///< rank 0's
   std::string path_;
 };
 

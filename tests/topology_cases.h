@@ -1,19 +1,22 @@
 #pragma once
-#include <cmath>
-#include <set>
+#include <functional>
+#include <map>
+#include <optional>
 
 #include "data/storage.h"
 #include "tests/mpi_main.h"
 #include "tests/support.h"
+#include "trainer/methods/mora.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/run/checkpoint.h"
-#include "trainer/run/traffic.h"
+#include "trainer/run/trainer.h"
 
 // Suites over settings of a run, for every layout: the same losses, the same bits where tensors are replicated, the
 // same bytes as predicted.
 namespace corank::test {
 namespace {
 
-constexpr int64_t kSteps = 20;
+constexpr int64_t kSteps = 6;
 
 struct Setting {
   std::string name, method = "lora", shape = "tiny-llama";
@@ -46,166 +49,194 @@ AdapterConfig adapter(const Setting& setting) {
   AdapterConfig config;
   config.method = setting.method;
   config.lora_dropout = setting.dropout;
-  config.mora_type = setting.mora_type;
+  MoraConfig& mora = config.options.edit<MoraConfig>();
+  mora.type = setting.mora_type;
   if (setting.remora_steps > 0) {
-    config.remora = {
-        .steps = setting.remora_steps, .types = {1, 2}, .warmup_steps = setting.remora_steps / 2, .merges = 0};
+    mora.steps = setting.remora_steps;
+    mora.types = {1, 2};
+    mora.warmup_steps = setting.remora_steps / 2;
   }
   config.modules_to_save = setting.modules_to_save;
-  config.adalora = {
+  config.options.edit<AdaLoraConfig>() = {
       .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
   return config;
 }
 
-LoaderOptions loader(const Setting& setting, const Mesh* mesh) {
-  return {{64, setting.packing, true, 7}, 12, 1, mesh ? mesh->dp().rank() : 0, mesh ? mesh->dp().size() : 1};
+/// Two micro-batches of two sequences for each rank of the job, however they are arranged.
+LoaderOptions loader(const Setting& setting, const Mesh& mesh) {
+  return {{64, setting.packing, true, 7}, 4 * test_world().size(), 2, mesh.dp().rank(), mesh.dp().size()};
 }
 
 double rate(const Setting& setting) { return setting.method == "full" ? 1e-3 : 1e-2; }
 
-/// Losses and norms of a run on this process alone.
-std::vector<StepStats> alone(const Setting& setting, const TokenFile& data, int64_t steps = kSteps) {
-  TrainingRun run(nullptr, 1, tiny(setting), adapter(setting));
-  Loader batches(data, loader(setting, nullptr));
-  std::vector<StepStats> stats;
-  for (int64_t step = 1; step <= steps; ++step) stats.push_back(run.step(batches.next(), step, rate(setting)));
-  return stats;
+/// What the trainer reports: rank 0's.
+struct Records : Observer {
+  void on_step(const StepRecord& record) override { steps.push_back(record); }
+  std::vector<StepRecord> steps;
+};
+
+/// A run with what `corank train` puts around it, trained by the same Trainer.
+struct Job {
+  Job(const World* world, int tensor, const Setting& setting, const TokenFile& data, const std::string& folder)
+      : run(world, tensor, tiny(setting), adapter(setting)),
+        batches(data, loader(setting, run.mesh)),
+        checkpoints(disk, folder, {"same run", adapter(setting), "tiny"}, {}, run.mesh, run.store, *run.optimizer,
+                    *run.method),
+        options{.schedule = {"constant", rate(setting), 0, kSteps}} {}
+
+  /// Collective. The newest checkpoint, or that at `path`, is loaded; step 0 where there is none.
+  TrainingState start(std::optional<std::string> path = std::nullopt) {
+    if (!path) path = checkpoints.newest();
+    const TrainingState state = path ? checkpoints.load(*path) : TrainingState();
+    checkpoints.start_at(state.step);
+    return state;
+  }
+
+  /// Collective. Trains from `start` to the last step, or until `stop`, asked after every step on every rank.
+  TrainingState train(const TrainingState& start, const std::function<bool(int64_t step)>& stop) {
+    Trainer trainer(run.parts(), batches, no_evaluation, checkpoints, run.ledger, {&records}, options);
+    int64_t step = start.step;
+    return trainer.run(start, [&] { return stop(++step); });
+  }
+
+  /// Collective over tp. All parameters, in full.
+  at::Tensor parameters() const {
+    std::vector<at::Tensor> flat;
+    for (const auto& entry : run.store.gather(run.store.masters(), run.mesh.tp()))
+      flat.push_back(entry.second.flatten());
+    return at::cat(flat);
+  }
+
+  TrainingRun run;
+  Loader batches;
+  const std::vector<Batch> no_evaluation;
+  DiskStorage disk;
+  Checkpoints checkpoints;
+  TrainerOptions options;
+  Records records;
+};
+
+/// Trains to the end.
+bool never(int64_t /*step*/) { return false; }
+
+/// The steps of a run on this process alone.
+std::vector<StepRecord> alone(const Setting& setting, const TokenFile& data) {
+  const TemporaryFolder folder;
+  Job job(nullptr, 1, setting, data, folder.path());
+  job.train(job.start(), never);
+  return job.records.steps;
 }
 
-/// Every bit of `tensor` is the same on all ranks of `group`.
-void expect_same_bits(const at::Tensor& tensor, Communicator& group, const std::string& what) {
-  const at::Tensor bits = tensor.contiguous().view(at::kInt).clone(), low = bits.clone();
-  group.all_reduce(bits, ReduceOp::max, Purpose::startup);
-  group.all_reduce(low, ReduceOp::min, Purpose::startup);
-  EXPECT_TRUE(at::equal(bits, low)) << what;
+/// Bytes of the trainer's question whether to stop, which is asked after the step that is reported.
+int64_t stop_question() { return test_world().size() > 1 ? 8 : 0; }
+
+/// The bytes of every step of this rank, the question of the trainer included.
+std::vector<PredictedBytes> predicted_bytes(const Setting& setting, const TrainingRun& run, const TokenFile& data) {
+  Loader batches(data, loader(setting, run.mesh));
+  std::vector<PredictedBytes> steps;
+  for (int64_t step = 1; step <= kSteps; ++step) {
+    steps.push_back(predicted_bytes(run, tiny(setting), adapter(setting), batches.next(), step));
+  }
+  return steps;
 }
 
-void expect_replicas_equal(const TrainingRun& run, int64_t step) {
-  for (const auto& p : run.store.parameters()) {
-    Communicator& group = p.spec.shard.whole() ? run.mesh.world() : run.mesh.dp();
-    expect_same_bits(p.master, group, p.spec.name + " after step " + std::to_string(step));
+void expect_same_steps(const std::vector<StepRecord>& steps, const std::vector<StepRecord>& expected, double bound) {
+  ASSERT_EQ(steps.size(), expected.size());
+  for (size_t i = 0; i < steps.size(); ++i) {
+    SCOPED_TRACE("step " + std::to_string(i + 1));
+    EXPECT_EQ(steps[i].step, expected[i].step);
+    EXPECT_NEAR(steps[i].loss / expected[i].loss, 1, bound);
+    EXPECT_NEAR(steps[i].grad_norm / expected[i].grad_norm, 1, 100 * bound);
+    EXPECT_EQ(steps[i].target_tokens, expected[i].target_tokens);
   }
 }
+
+/// Both where there are two ranks: dp x tp.
+int mixed() { return test_world().size() % 2 == 0 ? 2 : 1; }
 
 class Topology : public testing::TestWithParam<Setting> {
  protected:
   TokenFile data_{repository("configs/tiny/train.h5")};
 };
 
-TEST_P(Topology, SameLossesAndEqualReplicasInEveryLayout) {
+TEST_P(Topology, SameLossesEqualReplicasAndPredictedBytesInEveryLayout) {
   const Setting setting = GetParam();
-  const auto reference = alone(setting, data_);
-  for (const int tensor : {1, 2, 4}) {
-    if (test_world().size() % tensor != 0) continue;
-    TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
-    Loader batches(data_, loader(setting, &run.mesh));
-    for (int64_t step = 1; step <= kSteps; ++step) {
-      const StepStats stats = run.step(batches.next(), step, rate(setting));
-      EXPECT_NEAR(stats.loss / reference[step - 1].loss, 1, setting.bound()) << "tp " << tensor << " step " << step;
-      EXPECT_NEAR(stats.grad_norm / reference[step - 1].grad_norm, 1, 100 * setting.bound())
-          << "tp " << tensor << " step " << step;
-      EXPECT_EQ(stats.target_tokens, reference[step - 1].target_tokens);
-      expect_replicas_equal(run, step);
+  const bool first = test_world().rank() == 0;  // which is told of the steps
+  const std::vector<StepRecord> expected = first ? alone(setting, data_) : std::vector<StepRecord>();
+  for (const int tensor : tensor_sizes()) {
+    SCOPED_TRACE("tp " + std::to_string(tensor));
+    const SharedFolder folder(test_world());
+    Job job(&test_world(), tensor, setting, data_, folder.path());
+    const Ledger& ledger = job.run.ledger;
+    const auto predicted = predicted_bytes(setting, job.run, data_);
+    const TrainingState start = job.start();
+    Ledger::Snapshot before = ledger.snapshot();
+    job.train(start, [&](int64_t step) {
+      const std::string after = "after step " + std::to_string(step);
+      const int64_t unasked = step == 1 ? stop_question() : 0;
+      expect_bytes(difference(ledger.snapshot(), before), predicted[step - 1], unasked, after);
+      EXPECT_EQ(unequal_replicas(job.run.mesh, job.run.store), std::vector<std::string>{}) << after;
+      before = ledger.snapshot();
+      return false;
+    });
+    expect_same_steps(job.records.steps, expected, setting.bound());
+    for (const StepRecord& record : job.records.steps) {
+      expect_bytes(record.bytes, predicted[record.step - 1], stop_question(), "as reported");
     }
   }
 }
 
 TEST_P(Topology, TwoRunsAreEqualToTheBit) {
-  const Setting setting = GetParam();
-  const int tensor = test_world().size() % 2 == 0 ? 2 : 1;
   std::vector<at::Tensor> ends;
   for (int attempt = 0; attempt < 2; ++attempt) {
-    TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
-    Loader batches(data_, loader(setting, &run.mesh));
-    for (int64_t step = 1; step <= 5; ++step) run.step(batches.next(), step, rate(setting));
-    ends.push_back(run.store.masters().clone());
+    const SharedFolder folder(test_world());
+    Job job(&test_world(), mixed(), GetParam(), data_, folder.path());
+    job.train(job.start(), [](int64_t step) { return step == 3; });
+    ends.push_back(job.run.store.masters().clone());
   }
   EXPECT_TRUE(at::equal(ends[0], ends[1]));
 }
 
-TEST_P(Topology, BytesPredictedEqualBytesCounted) {
-  const Setting setting = GetParam();
-  for (const int tensor : {1, 2, 4}) {
-    if (test_world().size() % tensor != 0) continue;
-    TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
-    Loader loader_(data_, loader(setting, &run.mesh));
-    const StepBatches batches = loader_.next();
-    std::vector<BatchSize> sizes;
-    for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-    auto predicted =
-        predict_step_bytes(traffic_shape(*run.model, adapter(setting)), adapter(setting), tensor, run.mesh.dp().size(),
-                           setting.dtype == at::kFloat ? 4 : 2, setting.checkpointing, sizes);
-    if (test_world().size() > 1) predicted[Purpose::data_control] -= 8;  // the trainer's question whether to stop
-    const Ledger::Snapshot before = run.ledger.snapshot();
-    run.step(batches, 1, rate(setting));
-    for (int p = 0; p < kNumPurposes; ++p) {
-      const auto purpose = static_cast<Purpose>(p);
-      const int64_t counted = run.ledger.snapshot()[p].payload_bytes - before[p].payload_bytes;
-      const auto found = predicted.find(purpose);
-      EXPECT_EQ(counted, found == predicted.end() ? 0 : found->second) << name(purpose) << " tp " << tensor;
-    }
-  }
-}
-
 class Resume : public testing::TestWithParam<Setting> {
  protected:
-  /// Trains to `last`, from the newest checkpoint below `folder` if there is one; saves after `save_at`.
-  at::Tensor train(const std::string& folder, int tensor, int64_t last, int64_t save_at) {
-    const Setting setting = GetParam();
-    TrainingRun run(&test_world(), tensor, tiny(setting), adapter(setting));
-    Loader batches(data_, loader(setting, &run.mesh));
-    DiskStorage disk;
-    Checkpoints checkpoints(disk, folder, {"same run", adapter(setting), "tiny"}, {2}, run.mesh, run.store,
-                            *run.optimizer, *run.method);
-    TrainingState state;
-    if (const auto newest = checkpoints.newest()) state = checkpoints.load(*newest);
-    batches.restore(state.loader);
-    for (int64_t step = state.step + 1; step <= last; ++step) {
-      run.step(batches.next(), step, rate(setting));
-      if (step == save_at) checkpoints.save({step, batches.state()});
-    }
-    const auto full = run.store.gather(run.store.masters(), run.mesh.tp());
-    std::vector<at::Tensor> flat;
-    for (const auto& entry : full) flat.push_back(entry.second.flatten());
-    return at::cat(flat);
-  }
-
-  /// A folder that all ranks share; rank 0 owns it.
-  std::string shared_folder() {
-    char name[4096] = {};
-    if (test_world().rank() == 0) {
-      folder_ = std::make_unique<TemporaryFolder>();
-      folder_->path().copy(name, sizeof name - 1);
-    }
-    MPI_Bcast(name, sizeof name, MPI_CHAR, 0, MPI_COMM_WORLD);
-    return name;
+  Job job(int tensor, const SharedFolder& folder) {
+    return Job(&test_world(), tensor, GetParam(), data_, folder.path());
   }
 
   TokenFile data_{repository("configs/tiny/train.h5")};
-  std::unique_ptr<TemporaryFolder> folder_;
 };
 
+/// Stopped and started again and again, as by signals.
 TEST_P(Resume, AtAnyStepIsTheStraightRunToTheBit) {
-  const int tensor = test_world().size() % 2 == 0 ? 2 : 1;
-  const at::Tensor straight = train(shared_folder(), tensor, 6, 0);
-  for (const int64_t stop : {1, 3, 5}) {
-    const std::string folder = shared_folder();
-    train(folder, tensor, stop, stop);
-    MPI_Barrier(MPI_COMM_WORLD);
-    EXPECT_TRUE(at::equal(train(folder, tensor, 6, 0), straight)) << "stopped after step " << stop;
-    MPI_Barrier(MPI_COMM_WORLD);
+  std::vector<at::Tensor> straight{at::Tensor()};  // by step
+  const SharedFolder folder(test_world()), interrupted(test_world());
+  Job whole = job(mixed(), folder);
+  whole.train(whole.start(), [&](int64_t /*step*/) {
+    straight.push_back(whole.parameters());
+    return false;
+  });
+  for (const int64_t stop : {1, 3, 5, 6}) {
+    Job part = job(mixed(), interrupted);
+    const TrainingState reached = part.train(part.start(), [&](int64_t step) { return step == stop; });
+    EXPECT_EQ(reached.step, stop);
+    EXPECT_TRUE(at::equal(part.parameters(), straight[stop])) << "stopped after step " << stop;
   }
 }
 
 TEST_P(Resume, InAnotherLayoutGoesOnFromTheSameState) {
-  const int other = test_world().size() % 2 == 0 ? 2 : 1;
-  const std::string folder = shared_folder();
-  const at::Tensor saved = train(folder, 1, 3, 3);
-  MPI_Barrier(MPI_COMM_WORLD);
-  EXPECT_TRUE(at::equal(train(folder, other, 3, 0), saved)) << "loaded with tp " << other;
-  MPI_Barrier(MPI_COMM_WORLD);
-  EXPECT_LT(relative_error(train(folder, other, 6, 0), train(folder, 1, 6, 0)), 1e-4);
-  MPI_Barrier(MPI_COMM_WORLD);
+  const SharedFolder folder(test_world());
+  Job straight = job(1, folder), resumed = job(mixed(), folder);
+  straight.options.save_steps = 3;
+  at::Tensor saved;
+  straight.train(straight.start(), [&](int64_t step) {
+    if (step == 3) saved = straight.parameters();
+    return false;
+  });
+  const TrainingState state = resumed.start(folder.path() + "/checkpoint-3");
+  EXPECT_EQ(state.step, 3);
+  EXPECT_TRUE(at::equal(resumed.parameters(), saved)) << "loaded with tp " << mixed();
+  resumed.train(state, never);
+  EXPECT_LT(relative_error(resumed.parameters(), straight.parameters()), 1e-4);
 }
 
 /// The name of a case in GoogleTest's list.

@@ -12,6 +12,7 @@
 #include "tests/storage_doubles.h"
 #include "tests/support.h"
 #include "trainer/files/adapter_file.h"
+#include "trainer/methods/rank_budget.h"
 #include "trainer/run/metrics.h"
 
 // What a run writes, in which order and through what, and whom it tells.
@@ -42,8 +43,7 @@ struct OneRun {
         checkpoints(storage, folder, identity, {2}, run.mesh, run.store, *run.optimizer, *run.method) {}
 
   Trainer trainer(std::vector<Observer*> observers, const TrainerOptions& options) {
-    const StepParts parts{run.mesh, *run.model, *run.method, run.store, *run.optimizer, *run.reducer};
-    return {parts, batches, held_out, checkpoints, run.ledger, std::move(observers), options};
+    return {run.parts(), batches, held_out, checkpoints, run.ledger, std::move(observers), options};
   }
 
   TrainingRun run;
@@ -334,7 +334,7 @@ AdapterConfig config_of(const std::string& method) {
     config.lora_dropout = 0.1;
     config.modules_to_save = {"norm"};
   }
-  config.adalora = {
+  config.options.edit<AdaLoraConfig>() = {
       .init_r = 6, .target_r = 3, .tinit = 1, .tfinal = 2, .deltaT = 1, .total_step = 6, .kept_ranks = {}};
   return config;
 }

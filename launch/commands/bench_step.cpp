@@ -24,7 +24,7 @@ double model_flops(Session& session, const StepBatches& batches) {
   double linear = 0, width = 0;
   for (const AdaptedLinear* l : session.model().linears()) {
     linear += static_cast<double>(l->site().in * l->site().out);
-    if (l->name().ends_with("q_proj")) width += static_cast<double>(l->site().out);
+    if (l->site().role == LinearRole::attention_out) width += static_cast<double>(l->site().in);
   }
   const double head = static_cast<double>(session.model().vocab_size() * session.model().hidden_size());
   const double passes = session.method().trains_base() ? 6 : 4;

@@ -80,7 +80,7 @@ int run_train(const CommandLine& line, const World& world, Storage& storage) {
   check_together(check_training, run, world);
   const TokenFile data(run.data.train);
   const int64_t total = total_steps(run, data);
-  run.adapter.adalora.total_step = total;
+  set_total_steps(run.adapter, total);
   Session session(run, world);
   Console console(session, line.json);
   const TrainingState end = train(session, data, start_record(session, world, threads), total, console, storage);

@@ -125,17 +125,23 @@ std::string read_text(const h5::Reader& file, const std::string& attribute) {
   return text;
 }
 
+bool trains_base(const std::string& method) {
+  AdapterConfig config;
+  config.method = method;
+  return make_method(config)->trains_base();
+}
+
 /// Under which method the file's tensors are read.
 std::string read_method(const h5::Reader& file) {
   const std::string method = read_text(file, "method");
-  if (method == "full") {
-    throw InputError(file.origin() +
-                     ": holds the weights of a full fine-tuning, not an adapter. Use the run's model folder instead.");
-  }
   const std::vector<std::string> known = method_names();
-  if (std::count(known.begin(), known.end(), method) > 0) return method;
-  throw InputError(
-      fmt::format("{}: attribute method is {}, not one of {}.", file.origin(), method, fmt::join(known, ", ")));
+  if (std::count(known.begin(), known.end(), method) == 0) {
+    throw InputError(
+        fmt::format("{}: attribute method is {}, not one of {}.", file.origin(), method, fmt::join(known, ", ")));
+  }
+  if (!trains_base(method)) return method;
+  throw InputError(file.origin() +
+                   ": holds the weights of a full fine-tuning, not an adapter. Use the run's model folder instead.");
 }
 
 SavedAdapter read_h5(const std::string& path) {
@@ -216,7 +222,7 @@ std::string adapter_h5_image(const SavedAdapter& adapter) {
   file.attribute("version", int64_t{1});
   file.attribute("base_model", adapter.base_model);
   file.attribute("method", adapter.config.method);
-  if (adapter.config.method != "full") {
+  if (!trains_base(adapter.config.method)) {
     file.attribute("adapter_config", peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model));
   }
   for (const auto& [name, tensor] : adapter.tensors) {

@@ -8,6 +8,9 @@
 
 #include "configs/error.h"
 #include "trainer/files/plain_lora.h"
+#include "trainer/files/saved_along.h"
+#include "trainer/methods/methods.h"
+#include "trainer/methods/peft_name.h"
 #include "trainer/ops/svd.h"
 
 namespace corank {
@@ -93,7 +96,7 @@ void require_only_factors(const WeightedAdapter& adapter) {
         "first: corank export --as plain-lora --base MODEL_DIR, which leaves out what is the model's.",
         adapter.origin, fmt::join(along, ", ")));
   }
-  if (c.method != "lora") {
+  if (!make_method(c)->has_only_factors()) {
     throw ConfigError(
         fmt::format("{}: its method is {}, and only LoRA adapters (rsLoRA and PiSSA too) can be combined. Make one of "
                     "it first: corank export --as plain-lora.",

@@ -10,6 +10,8 @@
 #include <set>
 
 #include "data/json_object.h"
+#include "trainer/methods/methods.h"
+#include "trainer/methods/targets.h"
 
 namespace corank {
 namespace {
@@ -129,6 +131,7 @@ ModulePattern read_modules(const JsonObject& file, const std::string& key) {
   return {{}, NamePattern(text, place_of(file, key))};
 }
 
+/// As they stand in the file of a LoRA.
 json lora_fields(const AdapterConfig& config, const std::vector<std::string>& modules) {
   json ranks = json::object(), alphas = json::object();
   for (const std::string& module : modules) {
@@ -136,74 +139,66 @@ json lora_fields(const AdapterConfig& config, const std::vector<std::string>& mo
     if (config.alpha_of(module) != config.lora_alpha) alphas[module] = number(config.alpha_of(module));
   }
   const bool gaussian = config.init_lora_weights == "gaussian";
-  json fields{{"peft_type", "LORA"},
-              {"alpha_pattern", alphas},
-              {"init_lora_weights", gaussian ? json("gaussian") : json(true)},
-              {"r", config.r},
-              {"rank_pattern", ranks},
-              {"use_dora", config.method == "dora"},
-              {"use_rslora", config.use_rslora}};
-  if (config.method == "mora") fields.update({{"use_mora", true}, {"mora_type", config.mora_type}});
-  if (!config.remora.types.empty()) fields["remora_types"] = config.remora.types;
-  return fields;
+  return {{"peft_type", MethodEntry::kPlainType},
+          {"alpha_pattern", alphas},
+          {"init_lora_weights", gaussian ? json("gaussian") : json(true)},
+          {"r", config.r},
+          {"rank_pattern", ranks},
+          {"use_dora", false},
+          {"use_rslora", config.use_rslora}};
 }
 
-constexpr const char* kE = ".lora_E";
-
-json adalora_fields(const AdaLoraConfig& c) {
-  json kept;  // null before ranks were chosen
-  for (const auto& [module, ranks] : c.kept_ranks) kept[module + kE] = ranks;
-  return {{"peft_type", "ADALORA"},
-          {"r", 8},
-          {"init_lora_weights", true},
-          {"init_r", c.init_r},
-          {"target_r", c.target_r},
-          {"tinit", c.tinit},
-          {"tfinal", c.tfinal},
-          {"deltaT", c.deltaT},
-          {"beta1", c.beta1},
-          {"beta2", c.beta2},
-          {"orth_reg_weight", c.orth_reg_weight},
-          {"total_step", c.total_step},
-          {"rank_pattern", kept}};
+/// a, b and c.
+std::string enumeration(const std::set<std::string>& words) {
+  const std::vector<std::string> list(words.begin(), words.end());
+  if (list.size() < 2) return fmt::format("{}", fmt::join(list, ""));
+  return fmt::format("{} and {}", fmt::join(list.begin(), list.end() - 1, ", "), list.back());
 }
 
-AdaLoraConfig read_peft_adalora(const JsonObject& file) {
-  AdaLoraConfig c;
-  c.init_r = file.get("init_r", c.init_r);
-  c.target_r = file.get("target_r", c.target_r);
-  c.tinit = file.get("tinit", c.tinit);
-  c.tfinal = file.get("tfinal", c.tfinal);
-  c.deltaT = file.get("deltaT", c.deltaT);
-  c.beta1 = file.get("beta1", c.beta1);
-  c.beta2 = file.get("beta2", c.beta2);
-  c.orth_reg_weight = file.get("orth_reg_weight", c.orth_reg_weight);
-  c.total_step = file.get("total_step", c.total_step);
-  if (!file.has("rank_pattern")) return c;
-  const auto kept = file.get<JsonObject>("rank_pattern");
-  for (const auto& [name, ranks] : kept.root().items()) {
-    c.kept_ranks[name.substr(0, name.rfind(kE))] = kept.convert<std::vector<bool>>(ranks, name);
+void require_known_type(const JsonObject& file) {
+  std::vector<std::string> types;
+  for (const MethodEntry* method : methods()) {
+    if (!std::count(types.begin(), types.end(), method->peft_type())) types.push_back(method->peft_type());
   }
-  return c;
+  const ordered_json& type = file.value("peft_type");
+  if (type.is_string() && std::count(types.begin(), types.end(), type.get<std::string>())) return;
+  file.fail(fmt::format("peft_type is {}, only {} can be loaded", shown(type), fmt::join(types, " and ")));
 }
 
-/// lora, dora, adalora or mora.
+/// The method that the file says it is; LoRA's where it says none.
 std::string method_of(const JsonObject& file) {
-  const ordered_json& type = file.value("peft_type");
-  if (type != "LORA" && type != "ADALORA")
-    file.fail(fmt::format("peft_type is {}, only LORA and ADALORA can be loaded", shown(type)));
-  const bool adalora = type == "ADALORA", dora = file.get("use_dora", false), mora = file.get("use_mora", false);
-  if (adalora + dora + mora > 1)
-    file.fail("peft_type ADALORA, use_dora and use_mora are methods of their own; only one can be meant");
-  return adalora ? "adalora" : dora ? "dora" : mora ? "mora" : "lora";
+  require_known_type(file);
+  const std::string plain_type = MethodEntry::kPlainType;
+  std::vector<std::string> meant;
+  std::set<std::string> signs;
+  for (const MethodEntry* method : methods()) {
+    const std::string type = method->peft_type(), key = method->peft_switch();
+    const bool has_type = type != plain_type, has_key = !key.empty();
+    if (has_type) signs.insert("peft_type " + type);
+    if (has_key) signs.insert(key);
+    const bool is_on = has_key && file.get(key, false);
+    if (is_on || (has_type && file.value("peft_type") == type)) meant.push_back(method->name());
+  }
+  if (meant.size() > 1) {
+    file.fail(fmt::format("{} are methods of their own; only one can be meant", enumeration(signs)));
+  }
+  return meant.empty() ? AdapterConfig().method : meant.front();
+}
+
+bool has_patterns(const std::string& method) {
+  const std::vector<std::string> keys = method_entry(method).common_keys();
+  return std::count(keys.begin(), keys.end(), "rank_pattern") > 0;
 }
 
 /// null is off where PEFT reads it so; these it cannot compute with.
 void require_values(const JsonObject& file, const std::string& method) {
-  std::vector<std::string> keys{"r",      "lora_alpha", "lora_dropout",   "bias",   "mora_type",
-                                "init_r", "target_r",   "tinit",          "tfinal", "deltaT",
-                                "beta1",  "beta2",      "orth_reg_weight"};
-  if (method != "adalora") keys.insert(keys.end(), {"rank_pattern", "alpha_pattern"});
+  std::vector<std::string> keys{"r", "lora_alpha", "lora_dropout", "bias"};
+  for (const MethodEntry* any : methods()) {
+    for (const OwnField& field : any->fields()) {
+      if (!field.may_be_null) keys.push_back(field.name);
+    }
+  }
+  if (has_patterns(method)) keys.insert(keys.end(), {"rank_pattern", "alpha_pattern"});
   for (const std::string& key : keys) {
     if (file.root().contains(key) && file.root()[key].is_null())
       file.fail(key + " is null. Write its value, or leave it out to take PEFT's default");
@@ -230,8 +225,10 @@ void require_supported(const JsonObject& file) {
   if (const auto task = file.get<std::string>("task_type", "CAUSAL_LM"); task != "CAUSAL_LM")
     file.fail(fmt::format("task_type is {}, only CAUSAL_LM is supported", shown(task)));
   // each belongs to one method, and to the others means nothing
-  file.ignore({"init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-               "rank_pattern", "alpha_pattern"});
+  file.ignore({"rank_pattern", "alpha_pattern"});
+  for (const MethodEntry* method : methods()) {
+    for (const OwnField& field : method->fields()) file.ignore({field.name});
+  }
   for (const std::string& key : file.unknown()) {
     if (const std::string why = peft_refusal(key, file.value(key)); !why.empty()) file.fail(why);
   }
@@ -298,7 +295,8 @@ std::string peft_config_json(const AdapterConfig& config, const std::vector<std:
               {"revision", nullptr},
               {"target_modules", target_list(config, modules)},
               {"task_type", "CAUSAL_LM"}};
-  fields.update(config.method == "adalora" ? adalora_fields(config.adalora) : lora_fields(config, modules));
+  fields.update(lora_fields(config, modules));
+  method_entry(config.method).write_fields(config, fields);
   return fields.dump(2) + "\n";
 }
 
@@ -308,8 +306,6 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   AdapterConfig c;
   c.method = method_of(file);
   require_values(file, c.method);
-  c.mora_type = file.get("mora_type", c.mora_type);
-  c.remora.types = file.get("remora_types", c.remora.types);
   c.modules_to_save = file.get("modules_to_save", c.modules_to_save);
   c.r = file.get("r", c.r);
   c.lora_alpha = file.get("lora_alpha", 8.0);  // PEFT's default, not ours
@@ -321,12 +317,11 @@ AdapterConfig parse_peft_config(const std::string& text, const std::string& orig
   choose_layers(file, modules, c.target_modules);
   c.all_linear = is_all_linear(c.target_modules);
   c.exclude_modules = read_modules(file, "exclude_modules");
-  if (c.method == "adalora") {
-    c.adalora = read_peft_adalora(file);
-  } else {
+  if (has_patterns(c.method)) {
     c.rank_pattern = read_peft_pattern(file, "rank_pattern");
     c.alpha_pattern = read_peft_pattern(file, "alpha_pattern");
   }
+  for (const MethodEntry* method : methods()) method->read_fields(file, c);
   require_supported(file);
   check(c, [&](const std::string& key, const std::string& what) { file.fail(key + ": " + what); });
   return c;

@@ -5,7 +5,9 @@
 #include <algorithm>
 
 #include "configs/error.h"
-#include "trainer/methods/lora_factors.h"
+#include "trainer/files/saved_along.h"
+#include "trainer/methods/methods.h"
+#include "trainer/methods/peft_name.h"
 #include "trainer/ops/svd.h"
 
 namespace corank {
@@ -72,7 +74,7 @@ int64_t largest_rank(const SavedAdapter& adapter) {
 }
 
 /// Merged weight less base weight.
-at::Tensor update_of(const AdapterMethod& method, const std::string& module, const ModuleTensors& tensors,
+at::Tensor update_of(const MethodExchange& method, const std::string& module, const ModuleTensors& tensors,
                      const BaseWeights& base) {
   if (!base) {
     throw ConfigError(
@@ -116,7 +118,7 @@ SavedAdapter plain_lora(const SavedAdapter& like, const Modules& modules, int64_
   c.use_rslora = false;
   c.rank_pattern.clear();
   c.alpha_pattern.clear();
-  c.adalora = {};
+  c.options = {};
   for (const auto& [module, factors] : modules) {
     result.tensors.emplace_back(peft_name(module, ".lora_A.weight"), zero_padded(factors.a_RI, 0, rank));
     result.tensors.emplace_back(peft_name(module, ".lora_B.weight"), zero_padded(factors.b_OR, 1, rank));

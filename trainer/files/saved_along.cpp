@@ -8,10 +8,14 @@
 
 #include "configs/error.h"
 #include "data/weight_file.h"
-#include "trainer/methods/lora_factors.h"
+#include "trainer/methods/peft_name.h"
 
 namespace corank {
 namespace {
+
+bool is_last_part(const std::string& module, const std::vector<std::string>& names) {
+  return std::count(names.begin(), names.end(), module.substr(module.rfind('.') + 1)) > 0;
+}
 
 constexpr int64_t kRows = 8192;  // compared at a time: a vocabulary need not be held twice
 
@@ -22,7 +26,8 @@ std::optional<NamedWeight> weight_of(const std::string& tensor, Model& model) {
                                   [&](const NamedWeight& weight) { return peft_name(weight.name, "") == tensor; });
   if (found != weights.end()) return *found;
   const NamedWeight& embedding = weights.front();
-  if (!embedding.saveable && tensor.ends_with("lm_head.weight")) return embedding;
+  const std::string module = tensor.substr(0, tensor.rfind('.'));
+  if (!embedding.saveable && is_last_part(module, family_modules().heads)) return embedding;
   return std::nullopt;
 }
 
@@ -72,6 +77,24 @@ bool changes_nothing(const SavedAdapter& adapter, const std::string& module, Mod
 }
 
 }  // namespace
+
+bool is_of_vocabulary(const std::string& module) {
+  const FamilyModules families = family_modules();
+  return is_last_part(module, families.embeddings) || is_last_part(module, families.heads);
+}
+
+std::vector<std::string> saved_along(const SavedAdapter& adapter) {
+  const auto& listed = adapter.config.modules_to_save;
+  std::vector<std::string> modules;
+  for (const auto& entry : adapter.tensors) {
+    const std::string module = module_of(entry.first).substr(std::string(kPeftPrefix).size());
+    const bool is_listed =
+        std::any_of(listed.begin(), listed.end(), [&](const auto& one) { return is_of_module(entry.first, one); });
+    if (is_listed || entry.first.find(".lora_") != std::string::npos || !is_of_vocabulary(module)) continue;
+    if (std::count(modules.begin(), modules.end(), module) == 0) modules.push_back(module);
+  }
+  return modules;
+}
 
 void place_saved_along(SavedAdapter& adapter, Model& model, const ModelOptions& options, const std::string& origin) {
   for (const std::string& module : saved_along(adapter)) {

@@ -1,10 +1,18 @@
 #pragma once
 #include <string>
+#include <vector>
 
-#include "trainer/files/adapter_file.h"
+#include "trainer/methods/saved_adapter.h"
 #include "trainer/models/families.h"
 
 namespace corank {
+
+/// Whether a module of an adapter's file is an embedding or a head, by its last part, of any family.
+bool is_of_vocabulary(const std::string& module);
+
+/// Embedding and head that stand beside the adapter and not in modules_to_save, by their full names: PEFT
+/// saves them along where the vocabulary was resized, or when told to.
+std::vector<std::string> saved_along(const SavedAdapter& adapter);
 
 /// What saved_along() names, as PEFT loads it: in the place of the base's. `adapter` loses what `model`, of `options`,
 /// has already, both compared in the dtype in which the model computes; anything else becomes an entry of

@@ -11,7 +11,7 @@ namespace corank {
 AdaptedLinear::AdaptedLinear(LinearSite site, BaseWeight base, at::Tensor bias_O, bool adds_bias)
     : site_(std::move(site)),
       base_(std::move(base)),
-      weight_(make_frozen_weight(base_.format, base_.stored, base_.shard)),
+      weight_(make_frozen_weight(base_.format, base_.stored, base_.shard, base_.place)),
       adds_bias_(adds_bias) {
   bias_O_.value = std::move(bias_O);
 }
@@ -37,7 +37,7 @@ void AdaptedLinear::rebuild(const std::function<at::Tensor(const at::Tensor& ful
     };
     stored.read_nf4 = [] { return std::nullopt; };
   }
-  weight_ = make_frozen_weight(base_.format, stored, base_.shard);
+  weight_ = make_frozen_weight(base_.format, stored, base_.shard, base_.place);
   is_merged_ = false;
   is_original_ = !change;
 }
@@ -50,7 +50,7 @@ void AdaptedLinear::merge(const at::Tensor& w_OI) {
   FormatOptions dense = base_.format;
   dense.name = "none";
   const StoredWeight merged{name(), [&](const Shard& shard) { return take_shard(w_OI, shard); }, {}};
-  weight_ = make_frozen_weight(dense, merged, base_.shard);
+  weight_ = make_frozen_weight(dense, merged, base_.shard, base_.place);
   is_merged_ = true;
   is_original_ = false;
 }
@@ -70,6 +70,7 @@ void AdaptedLinear::train_base(ParameterStore& store) {
   if (!weight.shard.whole()) weight.shard.dim = site_.split == Split::column ? 0 : 1;
   weight.initialise = [old = weight_->dense_OI()](const at::Tensor& local) { local.copy_(old); };
   weight.bind = [this](const ops::Weight& w) {
+    base_.place.room_OI = at::Tensor();  // the trained tensor takes its place
     weight_->replace(w.value);
     weight_leaf_ = w.leaf;
   };

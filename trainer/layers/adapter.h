@@ -14,6 +14,9 @@ enum class Split {
   row,     ///< by input columns: input split, partial outputs summed (o, down)
 };
 
+/// What a linear does in its block: q, k and v; their mixture's way out; gate and up; down.
+enum class LinearRole { attention_in, attention_out, feed_forward_in, feed_forward_out };
+
 /// What an adapter needs to know of the linear it sits on.
 struct LinearSite {
   std::string name;         ///< module path, e.g. model.layers.0.self_attn.q_proj
@@ -21,6 +24,7 @@ struct LinearSite {
   Split split = Split::column;
   Shard in_shard, out_shard;    ///< this rank's block of the input and output features, as dim 0 of a vector
   bool fan_in_fan_out = false;  ///< the family's files hold the weight as [in, out] (GPT-2's Conv1D)
+  LinearRole role = LinearRole::attention_in;
 
   bool row() const { return split == Split::row; }
 };

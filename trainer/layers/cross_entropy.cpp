@@ -114,20 +114,20 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       if (head_trains) dw_VD.narrow(0, 0, w_VD.size(0)).add_(ops::matmul_to(dlogits.t(), h_chunk, leaf->scalar_type()));
     }
     if (call->h_needs_grad) call->tp->all_reduce(dh_MD, ReduceOp::sum, Purpose::tensor_activations);
-    ctx->save_for_backward({dh_MD, dw_VD, target_rows_M, leaf.value_or(at::Tensor())});
+    ctx->save_for_backward({dh_MD, dw_VD, target_rows_M});
     ctx->saved_data["rows"] = h_ND.size(0);
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    at::Tensor dh_ND;
+    at::Tensor dh_ND, dw_VD;
     if (saved[0].defined()) {
       dh_ND = at::zeros({ctx->saved_data["rows"].toInt(), saved[0].size(1)}, saved[0].options());
       dh_ND.index_copy_(0, saved[2], saved[0] * grads[0].to(saved[0].scalar_type()));
     }
-    if (saved[1].defined()) ops::add_gradient(saved[3], saved[1] * grads[0].to(saved[1].scalar_type()));
-    return {dh_ND, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    if (saved[1].defined()) dw_VD = saved[1] * grads[0].to(saved[1].scalar_type());
+    return {dh_ND, dw_VD, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 

@@ -8,10 +8,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// Sums rows of equal index in a fixed order on every device; index_add_ would use atomics on CUDA.
-void add_row_gradient(const at::Tensor& leaf, const at::Tensor& grad_ND, const at::Tensor& rows_N) {
-  ops::add_gradient(leaf, at::embedding_dense_backward(grad_ND.to(leaf.scalar_type()), rows_N, leaf.size(0),
-                                                       /*padding_idx=*/-1, /*scale_grad_by_freq=*/false));
+/// Sums rows of equal index in a fixed order on every device; index_add_ would use atomics on CUDA. Autograd takes it to
+/// the leaf, so that it adds up with what a tied head gives before both are rounded into the flat buffer.
+at::Tensor row_gradient(const at::Tensor& grad_ND, const at::Tensor& rows_N, const at::Tensor& leaf) {
+  return at::embedding_dense_backward(grad_ND.to(leaf.scalar_type()), rows_N, leaf.size(0), /*padding_idx=*/-1,
+                                      /*scale_grad_by_freq=*/false);
 }
 
 struct Embedding : torch::autograd::Function<Embedding> {
@@ -32,8 +33,7 @@ struct Embedding : torch::autograd::Function<Embedding> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor g = grads[0] * saved[2].unsqueeze(1);
-    add_row_gradient(saved[0], g, saved[1]);
-    return variable_list(5);
+    return {row_gradient(g, saved[1], saved[0]), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -46,8 +46,7 @@ struct Lookup : torch::autograd::Function<Lookup> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    add_row_gradient(saved[0], grads[0], saved[1]);
-    return variable_list(3);
+    return {row_gradient(grads[0], saved[1], saved[0]), at::Tensor(), at::Tensor()};
   }
 };
 

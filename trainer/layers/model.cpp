@@ -20,6 +20,8 @@ std::vector<std::string> linear_names(Model& model) {
   return names;
 }
 
+ModuleNames module_names(Model& model) { return {linear_names(model), model.other_modules()}; }
+
 std::set<std::string> transposed_weights(Model& model) {
   std::set<std::string> names;
   for (const AdaptedLinear* linear : model.linears()) {

@@ -11,8 +11,11 @@
 
 namespace corank {
 
-/// A base weight outside the blocks' linears: embedding, norm, head.
+enum class WeightRole { embedding, positions, norm, head };
+
+/// A base weight outside the blocks' linears.
 struct NamedWeight {
+  WeightRole role;             ///< a tied head is an embedding
   std::string name;            ///< Hugging Face's, with .weight
   std::vector<int64_t> shape;  ///< full
   Shard shard;
@@ -34,6 +37,8 @@ class Model {
   virtual std::vector<AdaptedLinear*> linears() = 0;
   /// Every other base weight, each once (a tied head stands under the embedding's name); the embedding first.
   virtual std::vector<NamedWeight> other_weights() = 0;
+  /// Names of modules that take no adapter: those of every family, so that one meant for another model is seen.
+  virtual std::vector<std::string> other_modules() const = 0;
   virtual int64_t num_layers() const = 0;
   virtual int64_t hidden_size() const = 0;
   virtual int64_t vocab_size() const = 0;
@@ -47,6 +52,11 @@ void train_weight(const NamedWeight& named, const std::string& name, ParameterSt
 
 /// Names of model.linears(), in order.
 std::vector<std::string> linear_names(Model& model);
+/// What an adapter's targets choose from, and what they must not match.
+struct ModuleNames {
+  std::vector<std::string> linears, others;
+};
+ModuleNames module_names(Model& model);
 /// Names of the weights that the family's files hold as [in, out]; everywhere else they are [out, in].
 std::set<std::string> transposed_weights(Model& model);
 /// All base parameters, full sizes.

@@ -1,9 +1,15 @@
+#include <fmt/format.h>
+
 #include <map>
+#include <nlohmann/json.hpp>
 #include <tuple>
 
+#include "data/json_object.h"
 #include "trainer/methods/attach.h"
+#include "trainer/methods/config_keys.h"
 #include "trainer/methods/diagonal_update.h"
 #include "trainer/methods/lora_factors.h"
+#include "trainer/methods/merge_config.h"
 #include "trainer/methods/methods.h"
 #include "trainer/methods/rank_budget.h"
 #include "trainer/methods/saved_adapter.h"
@@ -58,7 +64,8 @@ struct FactorGroup {
 
 class AdaLora : public AdapterMethod {
  public:
-  explicit AdaLora(AdapterConfig config) : AdapterMethod(std::move(config)), budget_(config_.adalora) {}
+  explicit AdaLora(AdapterConfig config)
+      : AdapterMethod(std::move(config)), budget_(config_.options.get<AdaLoraConfig>()) {}
 
   void attach(Model& model, ParameterStore& store, uint64_t seed) override {
     store_ = &store;
@@ -133,7 +140,7 @@ class AdaLora : public AdapterMethod {
       of(".lora_E") = of(".lora_E").index_select(0, index);
       const at::Tensor flags = kept.contiguous();
       const bool* first = flags.const_data_ptr<bool>();
-      file.config.adalora.kept_ranks[module] = std::vector<bool>(first, first + flags.numel());
+      file.config.options.edit<AdaLoraConfig>().kept_ranks[module] = std::vector<bool>(first, first + flags.numel());
     }
     for (auto& [name, tensor] : file.tensors) tensor = tensors.at(name);
   }
@@ -251,8 +258,117 @@ class AdaLora : public AdapterMethod {
   at::Tensor importance_, uncertainty_, kept_;
 };
 
+constexpr const char* kTripletEnd = ".lora_E";  // of a module's key in rank_pattern
+
+const AdaLoraConfig& adalora_config(const AdapterConfig& config) { return config.options.get<AdaLoraConfig>(); }
+
+/// Calls `visit` with the name and the member of each key, which run files and PEFT's have.
+template <class Visit>
+void for_each_key(const Visit& visit) {
+  visit("init_r", &AdaLoraConfig::init_r);
+  visit("target_r", &AdaLoraConfig::target_r);
+  visit("tinit", &AdaLoraConfig::tinit);
+  visit("tfinal", &AdaLoraConfig::tfinal);
+  visit("deltaT", &AdaLoraConfig::deltaT);
+  visit("beta1", &AdaLoraConfig::beta1);
+  visit("beta2", &AdaLoraConfig::beta2);
+  visit("orth_reg_weight", &AdaLoraConfig::orth_reg_weight);
+}
+
+class AdaLoraEntry : public MethodEntry {
+ public:
+  std::string name() const override { return "adalora"; }
+  std::unique_ptr<AdapterMethod> make(const AdapterConfig& config) const override {
+    return std::make_unique<AdaLora>(config);
+  }
+
+  std::vector<std::string> common_keys() const override { return keys_of_adapters({"lora_alpha"}); }
+  std::vector<OwnKey> keys() const override {
+    std::vector<OwnKey> keys;
+    for_each_key([&](const char* key, auto member) {
+      keys.push_back({key, [member](const AdapterConfig& c) { return fmt::format("{}", adalora_config(c).*member); }});
+    });
+    return keys;
+  }
+  void read(const Section& section, AdapterConfig& config) const override {
+    AdaLoraConfig& c = config.options.edit<AdaLoraConfig>();
+    for_each_key([&](const char* key, auto member) { c.*member = section.get(key, c.*member); });
+  }
+  void check(const AdapterConfig& config, const Require& require) const override {
+    const AdaLoraConfig& c = adalora_config(config);
+    require.rank("init_r", c.init_r);
+    require(c.target_r >= 0 && c.target_r <= c.init_r, "target_r", c.target_r, "in [0, init_r]");
+    require(c.tinit >= 0, "tinit", c.tinit, "a number of steps");
+    require(c.tfinal >= 0, "tfinal", c.tfinal, "a number of steps");
+    require(c.deltaT > 0, "deltaT", c.deltaT, "a positive number of steps");
+    require(c.beta1 > 0 && c.beta1 < 1, "beta1", c.beta1, "in (0, 1)");
+    require(c.beta2 > 0 && c.beta2 < 1, "beta2", c.beta2, "in (0, 1)");
+    require(c.orth_reg_weight >= 0 && c.orth_reg_weight <= kMaxNumber, "orth_reg_weight", c.orth_reg_weight,
+            "a weight of at least 0");
+  }
+  void set_total_steps(AdapterConfig& config, int64_t total_steps) const override {
+    config.options.edit<AdaLoraConfig>().total_step = total_steps;
+  }
+  void check_schedule(const AdapterConfig& config, int64_t total_steps) const override {
+    const AdaLoraConfig& c = adalora_config(config);
+    if (c.tinit < total_steps - c.tfinal) return;
+    throw ConfigError(
+        fmt::format("adapter.tinit: {} steps at the start and adapter.tfinal: {} at the end leave none of the run's {} "
+                    "for choosing "
+                    "ranks. Lower them or train longer.",
+                    c.tinit, c.tfinal, total_steps));
+  }
+  int64_t rank_of(const AdapterConfig& config, const std::string& module) const override {
+    return adalora_config(config).rank_of(module);
+  }
+
+  std::string peft_type() const override { return "ADALORA"; }
+  std::vector<OwnField> fields() const override {
+    std::vector<OwnField> fields{{"total_step", /*may_be_null=*/true}};
+    for_each_key([&](const char* key, auto) { fields.push_back({key}); });
+    return fields;
+  }
+  void read_fields(const JsonObject& file, AdapterConfig& config) const override {
+    if (config.method != name()) return;  // to others they mean nothing, rank_pattern something else
+    AdaLoraConfig& c = config.options.edit<AdaLoraConfig>();
+    for_each_key([&](const char* key, auto member) { c.*member = file.get(key, c.*member); });
+    c.total_step = file.get("total_step", c.total_step);
+    if (!file.has("rank_pattern")) return;
+    const auto kept = file.get<JsonObject>("rank_pattern");
+    for (const auto& [module, ranks] : kept.root().items()) {
+      c.kept_ranks[module.substr(0, module.rfind(kTripletEnd))] = kept.convert<std::vector<bool>>(ranks, module);
+    }
+  }
+  void write_fields(const AdapterConfig& config, nlohmann::json& fields) const override {
+    for (const char* of_lora : {"alpha_pattern", "use_dora", "use_rslora"}) fields.erase(of_lora);
+    const AdaLoraConfig& c = adalora_config(config);
+    for_each_key([&](const char* key, auto member) { fields[key] = c.*member; });
+    nlohmann::json kept;  // null before ranks were chosen
+    for (const auto& [module, ranks] : c.kept_ranks) kept[module + kTripletEnd] = ranks;
+    fields.update({{"peft_type", peft_type()},
+                   {"r", 8},
+                   {"init_lora_weights", true},
+                   {"total_step", c.total_step},
+                   {"rank_pattern", kept}});
+  }
+
+  /// The file's ranks; of the schedule what the run file writes.
+  void merge(const RunBesideFile& both, AdapterConfig& merged) const override {
+    const AdaLoraConfig& run = adalora_config(both.run);
+    AdaLoraConfig& c = merged.options.edit<AdaLoraConfig>();
+    both.require_same("init_r", run.init_r, c.init_r);
+    c.total_step = run.total_step;
+    for_each_key([&](const char* key, auto member) {
+      if (both.writes(key)) c.*member = run.*member;
+    });
+  }
+};
+
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_adalora(const AdapterConfig& config) { return std::make_unique<AdaLora>(config); }
+const MethodEntry& adalora_method() {
+  static const AdaLoraEntry entry;
+  return entry;
+}
 
 }  // namespace corank

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "trainer/layers/model.h"
+#include "trainer/methods/targets.h"
 
 namespace corank {
 

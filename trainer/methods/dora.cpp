@@ -1,8 +1,10 @@
 #include <limits>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <tuple>
 
 #include "trainer/methods/attach.h"
+#include "trainer/methods/config_keys.h"
 #include "trainer/methods/dora_update.h"
 #include "trainer/methods/lora_factors.h"
 #include "trainer/methods/methods.h"
@@ -185,8 +187,26 @@ class Dora : public AdapterMethod {
   std::vector<NormGroup> groups_;
 };
 
+class DoraEntry : public MethodEntry {
+ public:
+  std::string name() const override { return "dora"; }
+  std::unique_ptr<AdapterMethod> make(const AdapterConfig& config) const override {
+    return std::make_unique<Dora>(config);
+  }
+  std::vector<std::string> common_keys() const override {
+    return keys_of_adapters({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"});
+  }
+  std::string peft_switch() const override { return "use_dora"; }
+  void write_fields(const AdapterConfig& /*config*/, nlohmann::json& fields) const override {
+    fields[peft_switch()] = true;
+  }
+};
+
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_dora(const AdapterConfig& config) { return std::make_unique<Dora>(config); }
+const MethodEntry& dora_method() {
+  static const DoraEntry entry;
+  return entry;
+}
 
 }  // namespace corank

@@ -75,7 +75,7 @@ at::Tensor DoraUpdate::forward(const at::Tensor& x_NI, const Matrix& w, const at
     saved.push_back(q_NO);
     return bias_O.defined() ? q_NO + bias_O : s_.overwritten ? q_NO.clone() : q_NO;
   }
-  const auto twice = w.unpacked();
+  const auto twice = w.unpacked(Pass::forward);
   at::Tensor q_NO = twice->multiply(dropped_NI, {}), y_NO = twice->multiply(x_NI, {});
   const at::Tensor low_NO = at::mm(u_NR, f_.b_OR.value.t()).mul_(f_.scale);
   y_NO.add_(scale_columns(q_NO, s_.gamma_O - 1)).add_(scale_columns(low_NO, s_.gamma_O));
@@ -95,7 +95,7 @@ void DoraUpdate::backward(const at::Tensor& g_NO, const at::Tensor& x_NI, const 
   if (!dx.needed()) return;
   const LowRankTerm through_a{grads.du_NR, f_.a_RI.value};
   if (!dropped) return w.multiply_transposed(h_NO, dx.dx_NI, dx.write, through_a);
-  const auto twice = w.unpacked();
+  const auto twice = w.unpacked(Pass::backward);
   twice->multiply_transposed(g_NO, dx.dx_NI, dx.write);
   const at::Tensor behind_NI = at::empty_like(dx.dx_NI);
   twice->multiply_transposed(scale_columns(g_NO, s_.gamma_O - 1), behind_NI, Write::over, through_a);

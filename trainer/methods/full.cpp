@@ -24,8 +24,20 @@ class Full : public AdapterMethod {
   }
 };
 
+class FullEntry : public MethodEntry {
+ public:
+  std::string name() const override { return "full"; }
+  std::unique_ptr<AdapterMethod> make(const AdapterConfig& config) const override {
+    return std::make_unique<Full>(config);
+  }
+  std::vector<std::string> common_keys() const override { return {}; }
+};
+
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_full(const AdapterConfig& config) { return std::make_unique<Full>(config); }
+const MethodEntry& full_method() {
+  static const FullEntry entry;
+  return entry;
+}
 
 }  // namespace corank

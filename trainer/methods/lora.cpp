@@ -1,4 +1,5 @@
 #include "trainer/methods/attach.h"
+#include "trainer/methods/config_keys.h"
 #include "trainer/methods/lora_factors.h"
 #include "trainer/methods/methods.h"
 
@@ -25,6 +26,7 @@ class Lora : public AdapterMethod {
     if (!config_.rank_pattern.empty() || !config_.alpha_pattern.empty()) return "ranks or alphas differ by module";
     return config_.use_rslora ? "alpha is divided by the root of the rank (use_rslora)" : "";
   }
+  bool has_only_factors() const override { return true; }
   std::optional<PlainFactors> plain_factors(const std::string& module, const ModuleTensors& tensors) const override {
     return PlainFactors{tensors.at(".lora_B.weight") * config_.scaling_of(module), tensors.at(".lora_A.weight")};
   }
@@ -33,8 +35,22 @@ class Lora : public AdapterMethod {
   }
 };
 
+class LoraEntry : public MethodEntry {
+ public:
+  std::string name() const override { return "lora"; }
+  std::unique_ptr<AdapterMethod> make(const AdapterConfig& config) const override {
+    return std::make_unique<Lora>(config);
+  }
+  std::vector<std::string> common_keys() const override {
+    return keys_of_adapters({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"});
+  }
+};
+
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_lora(const AdapterConfig& config) { return std::make_unique<Lora>(config); }
+const MethodEntry& lora_method() {
+  static const LoraEntry entry;
+  return entry;
+}
 
 }  // namespace corank

@@ -5,7 +5,7 @@
 
 namespace corank {
 
-void merge_adapter(Model& model, const AdapterMethod& method, const ParameterStore& store, Communicator& tp) {
+void merge_adapter(Model& model, const MethodExchange& method, const ParameterStore& store, Communicator& tp) {
   const at::AutoGradMode no_grad(false);
   const NamedTensors tensors = store.gather(store.masters(), tp);
   const at::TensorOptions options = store.masters().options();
@@ -16,7 +16,7 @@ void merge_adapter(Model& model, const AdapterMethod& method, const ParameterSto
   }
 }
 
-void unmerge_adapter(Model& model, AdapterMethod& method, const Mesh& mesh) {
+void unmerge_adapter(Model& model, MethodTraining& method, const Mesh& mesh) {
   for (AdaptedLinear* linear : model.linears()) {
     if (linear->is_merged()) linear->rebuild();
   }

@@ -5,26 +5,23 @@
 namespace corank {
 namespace {
 
-struct Method {
-  const char* name;
-  std::unique_ptr<AdapterMethod> (*make)(const AdapterConfig&);
-};
-
-constexpr Method kMethods[] = {
-    {"lora", make_lora}, {"dora", make_dora},   {"adalora", make_adalora},
-    {"mora", make_mora}, {"pissa", make_pissa}, {"full", make_full},
-};
+std::vector<const MethodEntry*>& method_table() {
+  static std::vector<const MethodEntry*> table{
+      &lora_method(), &dora_method(), &adalora_method(), &mora_method(), &pissa_method(), &full_method(),
+  };
+  return table;
+}
 
 }  // namespace
 
-ModuleParts AdapterMethod::parts(const std::string& module) const {
+ModuleParts MethodExchange::parts(const std::string& module) const {
   const int64_t r = config_.rank_of(module);
   return {{".lora_A.weight", {r, -1}}, {".lora_B.weight", {-1, r}}};
 }
 
-std::string AdapterMethod::beyond_plain_lora() const { return config_.method + " is more than A and B"; }
+std::string MethodExchange::beyond_plain_lora() const { return config_.method + " is more than A and B"; }
 
-std::string AdapterMethod::consumers() const {
+std::string MethodExchange::consumers() const {
   const std::string beyond = beyond_plain_lora();
   return "PEFT and transformers load it as it is; " +
          (beyond.empty()
@@ -36,18 +33,26 @@ GradientSizes lora_gradient_sizes(const LinearSize& linear, int64_t rank, int te
   return {rank * (linear.row ? linear.out : linear.in), rank * (linear.row ? linear.in : linear.out) / tensor};
 }
 
+const std::vector<const MethodEntry*>& methods() { return method_table(); }
+
 std::vector<std::string> method_names() {
   std::vector<std::string> names;
-  for (const Method& method : kMethods) names.emplace_back(method.name);
+  for (const MethodEntry* method : methods()) names.push_back(method->name());
   return names;
 }
 
-std::unique_ptr<AdapterMethod> make_method(const AdapterConfig& config) {
-  for (const Method& method : kMethods) {
-    if (config.method == method.name) return method.make(config);
+const MethodEntry& method_entry(const std::string& name) {
+  for (const MethodEntry* method : methods()) {
+    if (name == method->name()) return *method;
   }
-  throw ConfigError(
-      fmt::format("adapter.method: '{}' is not one of {}", config.method, fmt::join(method_names(), ", ")));
+  throw ConfigError(fmt::format("adapter.method: '{}' is not one of {}", name, fmt::join(method_names(), ", ")));
 }
+
+std::unique_ptr<AdapterMethod> make_method(const AdapterConfig& config) {
+  return method_entry(config.method).make(config);
+}
+
+ScopedMethod::ScopedMethod(const MethodEntry& entry) : entry_(entry) { method_table().push_back(&entry); }
+ScopedMethod::~ScopedMethod() { std::erase(method_table(), &entry_); }
 
 }  // namespace corank

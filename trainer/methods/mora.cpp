@@ -1,10 +1,16 @@
+#include "trainer/methods/mora.h"
+
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <cmath>
+#include <nlohmann/json.hpp>
 
-#include "configs/error.h"
+#include "data/json_object.h"
 #include "trainer/methods/attach.h"
+#include "trainer/methods/config_keys.h"
 #include "trainer/methods/lora_factors.h"
+#include "trainer/methods/merge_config.h"
 #include "trainer/methods/methods.h"
 #include "trainer/methods/mora_update.h"
 #include "trainer/methods/saved_adapter.h"
@@ -89,12 +95,14 @@ class MoraAdapter : public Adapter {
   ops::Rotation rotation_;
 };
 
+const MoraConfig& mora_config(const AdapterConfig& config) { return config.options.get<MoraConfig>(); }
+
 class MoraMethod : public AdapterMethod {
  public:
   explicit MoraMethod(AdapterConfig config)
       : AdapterMethod(std::move(config)),
-        remora_(config_.remora),
-        types_(remora_.types.empty() ? std::vector{config_.mora_type} : remora_.types) {
+        own_(mora_config(config_)),
+        types_(own_.types.empty() ? std::vector{own_.type} : own_.types) {
     for (const int64_t type : types_) mora_type(type);  // or refuses
   }
 
@@ -114,7 +122,7 @@ class MoraMethod : public AdapterMethod {
   void begin(const Mesh&) override { apply_merged(); }
 
   bool on_step_end(int64_t step, const Mesh&) override {
-    if (remora_.steps == 0 || step % remora_.steps != 0) return false;
+    if (own_.steps == 0 || step % own_.steps != 0) return false;
     for (Square& square : squares_) {
       const at::Tensor& m_RR = master_of(square);
       square.merged_RR.push_back(m_RR.to(at::kCPU, m_RR.scalar_type(), /*non_blocking=*/false, /*copy=*/true));
@@ -124,13 +132,11 @@ class MoraMethod : public AdapterMethod {
     apply_merged();
     return true;
   }
-  int64_t age_of_moments(int64_t step) const override {
-    return remora_.steps == 0 ? step : (step - 1) % remora_.steps + 1;
-  }
+  int64_t age_of_moments(int64_t step) const override { return own_.steps == 0 ? step : (step - 1) % own_.steps + 1; }
   double learning_rate_scale(int64_t step) const override {
     const int64_t done = age_of_moments(step) - 1;
-    if (step == done + 1 || done >= remora_.warmup_steps) return 1;  // the schedule warms up at the start
-    return static_cast<double>(done) / static_cast<double>(remora_.warmup_steps);
+    if (step == done + 1 || done >= own_.warmup_steps) return 1;  // the schedule warms up at the start
+    return static_cast<double>(done) / static_cast<double>(own_.warmup_steps);
   }
 
   std::vector<std::pair<std::string, at::Tensor>> extra_tensors(Communicator&) const override {
@@ -161,21 +167,21 @@ class MoraMethod : public AdapterMethod {
   }
   ModuleParts parts(const std::string&) const override {
     ModuleParts parts{{kMatrix, {-1, -1}}};
-    for (int64_t k = 0; k < remora_.merges; ++k) parts.push_back({merged_name(k), {-1, -1}});
+    for (int64_t k = 0; k < own_.merges; ++k) parts.push_back({merged_name(k), {-1, -1}});
     return parts;
   }
   std::string beyond_peft() const override {
-    if (remora_.types.empty()) return "";
+    if (own_.types.empty()) return "";
     return "a ReMoRA adapter is a list of matrices under several mora_types, for which PEFT and the fork of MoRA's "
            "authors have no form. Use the adapter.h5 as it is, or merge it into its model with corank merge";
   }
   std::string consumers() const override {
-    if (!remora_.types.empty()) return "only corank loads it.";
+    if (!own_.types.empty()) return "only corank loads it.";
     return "only the fork of PEFT by MoRA's authors (kongds/MoRA) loads it; PEFT itself does not know the method.";
   }
   void from_checkpoint(SavedAdapter& file) const override {
     const std::map<std::string, at::Tensor> tensors(file.tensors.begin(), file.tensors.end());
-    int64_t& merges = file.config.remora.merges;
+    int64_t& merges = file.config.options.edit<MoraConfig>().merges;
     for (const std::string& module : adapted_modules(file)) {
       merges = std::max(merges, static_cast<int64_t>(merged_of(tensors, peft_name(module, "")).size()));
     }
@@ -261,21 +267,113 @@ class MoraMethod : public AdapterMethod {
 
   /// A quantised weight would be rounded anew at every restart, by more than many a merged matrix holds.
   void require_exact(const AdaptedLinear& linear) const {
-    if (remora_.types.empty() || linear.format() == "none") return;
+    if (own_.types.empty() || linear.format() == "none") return;
     throw ConfigError(
         fmt::format("adapter.remora_steps: every restart changes the frozen weights, and {} is in {}, which would be "
                     "rounded anew each time. Set model.quantization to none, or leave remora_steps out.",
                     linear.name(), linear.format()));
   }
 
-  RemoraConfig remora_;
+  MoraConfig own_;
   std::vector<int64_t> types_;  // in turn
   ParameterStore* store_ = nullptr;
   std::vector<Square> squares_;
 };
 
+std::string of_restarts(const AdapterConfig& config, const std::string& value) {
+  return mora_config(config).steps > 0 ? value : "";
+}
+
+class MoraEntry : public MethodEntry {
+ public:
+  std::string name() const override { return "mora"; }
+  std::unique_ptr<AdapterMethod> make(const AdapterConfig& config) const override {
+    return std::make_unique<MoraMethod>(config);
+  }
+
+  std::vector<std::string> common_keys() const override { return keys_of_adapters({"r", "rank_pattern"}); }
+  std::vector<OwnKey> keys() const override {
+    using C = const AdapterConfig&;
+    return {
+        {"mora_type", [](C c) { return mora_config(c).steps ? "" : fmt::format("{}", mora_config(c).type); }},
+        {"remora_steps", [](C c) { return of_restarts(c, fmt::format("{}", mora_config(c).steps)); }},
+        {"remora_types", [](C c) { return of_restarts(c, fmt::format("{}", mora_config(c).types)); }},
+        {"remora_warmup_steps", [](C c) { return of_restarts(c, fmt::format("{}", mora_config(c).warmup_steps)); }}};
+  }
+  /// Types are kept only where restarts go through them.
+  void read(const Section& section, AdapterConfig& config) const override {
+    MoraConfig& c = config.options.edit<MoraConfig>();
+    c.type = section.get<int64_t>("mora_type", c.type);
+    c.steps = section.get<int64_t>("remora_steps", 0);
+    c.types = section.get<std::vector<int64_t>>("remora_types", {1, 2});
+    c.warmup_steps = section.get<int64_t>("remora_warmup_steps", c.warmup_steps);
+    if (c.types.empty()) section.fail("remora_types", "the list is empty");
+    for (const char* key : {"remora_types", "remora_warmup_steps"}) {
+      if (c.steps == 0 && section.has(key)) section.fail(key, "says how to restart; remora_steps must say when");
+    }
+    if (c.steps != 0 && section.has("mora_type")) {
+      section.fail("mora_type", "contradicts remora_steps: the types are those of remora_types; leave it out");
+    }
+    if (c.steps == 0) c.types.clear();
+    if (!c.types.empty()) c.type = c.types.front();
+  }
+  void check(const AdapterConfig& config, const Require& require) const override {
+    const MoraConfig& c = mora_config(config);
+    for (const int64_t one : c.types) {
+      require(one >= 1 && one <= 4, "remora_types", one, "one of 1, 2, 3, 4, which have groups to change");
+    }
+    const auto is_type = [&](const MoraType& one) { return one.number == c.type; };
+    require(std::any_of(std::begin(kMoraTable), std::end(kMoraTable), is_type), "mora_type", c.type,
+            "one of 1, 2, 3, 4, 6");
+    require(c.steps >= 0, "remora_steps", c.steps, "a number of steps");
+    if (c.steps == 0) return;
+    require(c.warmup_steps >= 0 && c.warmup_steps < c.steps, "remora_warmup_steps", c.warmup_steps,
+            "a number of steps below remora_steps; set remora_warmup_steps beside it");
+  }
+  void check_schedule(const AdapterConfig& config, int64_t total_steps) const override {
+    if (mora_config(config).steps <= total_steps) return;
+    throw ConfigError(fmt::format(
+        "adapter.remora_steps: {} is more than the run's {} steps, so nothing would be merged. Lower it, train longer, "
+        "or leave it out.",
+        mora_config(config).steps, total_steps));
+  }
+
+  std::string peft_switch() const override { return "use_mora"; }
+  std::vector<OwnField> fields() const override { return {{"mora_type"}, {"remora_types", /*may_be_null=*/true}}; }
+  void read_fields(const JsonObject& file, AdapterConfig& config) const override {
+    MoraConfig& c = config.options.edit<MoraConfig>();
+    c.type = file.get("mora_type", c.type);
+    c.types = file.get("remora_types", c.types);
+  }
+  void write_fields(const AdapterConfig& config, nlohmann::json& fields) const override {
+    fields.update({{peft_switch(), true}, {"mora_type", mora_config(config).type}});
+    if (!mora_config(config).types.empty()) fields["remora_types"] = mora_config(config).types;
+  }
+
+  /// The file's types and matrices; of the restarts to come what the run file writes.
+  void merge(const RunBesideFile& both, AdapterConfig& merged) const override {
+    const MoraConfig &run = mora_config(both.run), &file = mora_config(both.file);
+    if (run.steps == 0) both.require_same("mora_type", run.type, file.type);
+    MoraConfig& c = merged.options.edit<MoraConfig>();
+    c.steps = run.steps;
+    c.warmup_steps = run.warmup_steps;
+    c.merges = run.merges;
+    if (!file.types.empty()) {
+      both.require_same("remora_types", run.types, file.types);
+      return;
+    }
+    c.types = run.types;  // MoRA so far
+    if (run.steps == 0 || run.types.front() == file.type) return;
+    throw ConfigError(fmt::format("adapter.remora_types: the run's are {}, {} was trained under {}. Begin with that.",
+                                  run.types, both.run.path, file.type));
+  }
+};
+
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_mora(const AdapterConfig& config) { return std::make_unique<MoraMethod>(config); }
+const MethodEntry& mora_method() {
+  static const MoraEntry entry;
+  return entry;
+}
 
 }  // namespace corank

@@ -1,9 +1,12 @@
+#include "trainer/methods/pissa.h"
+
 #include <fmt/format.h>
 
 #include <cmath>
 
 #include "configs/error.h"
 #include "trainer/methods/attach.h"
+#include "trainer/methods/config_keys.h"
 #include "trainer/methods/lora_factors.h"
 #include "trainer/methods/methods.h"
 #include "trainer/methods/saved_adapter.h"
@@ -18,6 +21,8 @@ namespace {
 
 constexpr const char *kA = ".lora_A.weight", *kB = ".lora_B.weight", *kFirstA = ".pissa_A.weight",
                      *kFirstB = ".pissa_B.weight";
+
+const PissaConfig& pissa_config(const AdapterConfig& config) { return config.options.get<PissaConfig>(); }
 
 class Pissa : public AdapterMethod {
  public:
@@ -149,9 +154,10 @@ class Pissa : public AdapterMethod {
   /// A0 = sqrt(S / s) V^T, B0 = U sqrt(S / s) of the leading part of `target_OI`.
   Factors decompose(const std::string& module, const at::Tensor& target_OI) const {
     const int64_t rank = config_.rank_of(module);
-    const ops::SingularPart part = config_.pissa_niter ? ops::randomised_svd(target_OI, rank, *config_.pissa_niter,
-                                                                             ops::key_of(seed_, "pissa", module))
-                                                       : ops::leading_svd(target_OI, rank);
+    const std::optional<int64_t> niter = pissa_config(config_).niter;
+    const ops::SingularPart part =
+        niter ? ops::randomised_svd(target_OI, rank, *niter, ops::key_of(seed_, "pissa", module))
+              : ops::leading_svd(target_OI, rank);
     const at::Tensor root_R = (part.s_R / config_.scaling_of(module)).sqrt_();
     return {(part.v_IR * root_R).t().contiguous(), (part.u_OR * root_R).contiguous()};
   }
@@ -161,7 +167,7 @@ class Pissa : public AdapterMethod {
     const auto dtype = store_->masters().scalar_type();
     const at::Tensor w_OI = linear.read_base().to(dtype);
     Factors factors = decompose(linear.name(), w_OI);
-    for (int64_t round = 1; round < config_.pissa_iterations; ++round) {
+    for (int64_t round = 1; round < pissa_config(config_).iterations; ++round) {
       const at::Tensor residual = w_OI - at::mm(factors.b_OR, factors.a_RI) * config_.scaling_of(linear.name());
       factors = decompose(linear.name(), w_OI - linear.stored_form(residual).to(dtype));
     }
@@ -174,8 +180,45 @@ class Pissa : public AdapterMethod {
   at::Tensor first_;                     // A0 and B0, laid out like the masters
 };
 
+class PissaEntry : public MethodEntry {
+ public:
+  std::string name() const override { return "pissa"; }
+  std::unique_ptr<AdapterMethod> make(const AdapterConfig& config) const override {
+    return std::make_unique<Pissa>(config);
+  }
+  std::vector<std::string> common_keys() const override {
+    return keys_of_adapters({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"});
+  }
+  std::vector<OwnKey> keys() const override {
+    using C = const AdapterConfig&;
+    return {{"pissa_niter", [](C c) { return pissa_config(c).niter ? fmt::format("{}", *pissa_config(c).niter) : ""; }},
+            {"pissa_iterations", [](C c) { return fmt::format("{}", pissa_config(c).iterations); }}};
+  }
+  void read(const Section& section, AdapterConfig& config) const override {
+    PissaConfig& c = config.options.edit<PissaConfig>();
+    c.niter = section.get_optional<int64_t>("pissa_niter");
+    c.iterations = section.get<int64_t>("pissa_iterations", c.iterations);
+  }
+  void check(const AdapterConfig& config, const Require& require) const override {
+    const PissaConfig& c = pissa_config(config);
+    require(c.niter.value_or(0) >= 0, "pissa_niter", c.niter.value_or(0), "a number of iterations");
+    require(c.iterations >= 1 && c.iterations <= kMaxIterations, "pissa_iterations", c.iterations,
+            "a number of rounds in [1, 1000]");
+  }
+  void check_format(const AdapterConfig& config, const std::string& format, const Fail& fail) const override {
+    if (pissa_config(config).iterations <= 1 || format != "none") return;
+    fail("pissa_iterations", "makes up for what quantising loses, and model.quantization is none");
+  }
+
+ private:
+  static constexpr int64_t kMaxIterations = 1000;
+};
+
 }  // namespace
 
-std::unique_ptr<AdapterMethod> make_pissa(const AdapterConfig& config) { return std::make_unique<Pissa>(config); }
+const MethodEntry& pissa_method() {
+  static const PissaEntry entry;
+  return entry;
+}
 
 }  // namespace corank

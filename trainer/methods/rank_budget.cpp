@@ -1,8 +1,15 @@
 #include "trainer/methods/rank_budget.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace corank {
+
+int64_t AdaLoraConfig::rank_of(const std::string& module) const {
+  const auto found = kept_ranks.find(module);
+  if (found == kept_ranks.end()) return init_r;
+  return std::count(found->second.begin(), found->second.end(), true);
+}
 
 Masking masking_at(const AdaLoraConfig& c, int64_t step) {
   const int64_t last = c.total_step - c.tfinal;

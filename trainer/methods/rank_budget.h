@@ -2,12 +2,27 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
-
-#include "trainer/methods/config.h"
+#include <map>
+#include <string>
+#include <vector>
 
 /// AdaLoRA's allocation of ranks (arXiv 2303.10512) as PEFT's RankAllocator does it (methods 7.3, 7.4). Steps count
 /// from 1.
 namespace corank {
+
+/// AdaLoRA's own keys, under PEFT's names. Steps are optimizer steps.
+struct AdaLoraConfig {
+  int64_t init_r = 12, target_r = 8;  ///< ranks a module starts with, and has on average at the end
+  int64_t tinit = 0, tfinal = 0;      ///< steps before the first and after the last masking
+  int64_t deltaT = 1;                 ///< steps from one masking to the next
+  double beta1 = 0.85, beta2 = 0.85;  ///< of the averages of importance and its uncertainty
+  double orth_reg_weight = 0.5;
+  int64_t total_step = 0;  ///< of the run
+  /// PEFT's rank_pattern of a finished run: which of a module's init_r ranks the file holds. Empty: all.
+  std::map<std::string, std::vector<bool>> kept_ranks;
+
+  int64_t rank_of(const std::string& module) const;
+};
 
 enum class Masking {
   none,    ///< every rank stays

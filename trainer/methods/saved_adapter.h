@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "trainer/layers/parameters.h"
-#include "trainer/methods/config.h"
-#include "trainer/methods/methods.h"
+#include "trainer/methods/exchange.h"
 
 namespace corank {
 
@@ -20,10 +19,6 @@ struct SavedAdapter {
   NamedTensors tensors;
 };
 
-/// InputError, naming `origin` and the tensor, unless the tensors are those that the adapter's own config describes,
-/// complete and finite.
-void check_adapter(const SavedAdapter& adapter, const std::string& origin);
-
 /// InputError naming what is missing in the file, unknown to the run (whose parameters need no memory yet) or of
 /// another shape.
 void check_fits(const SavedAdapter& adapter, const ParameterStore& store);
@@ -33,10 +28,6 @@ void load_tensors(const SavedAdapter& adapter, ParameterStore& store);
 
 /// Modules that the tensor names belong to, in order of appearance.
 std::vector<std::string> adapted_modules(const SavedAdapter& adapter);
-
-/// Embedding and head that stand beside the adapter and not in modules_to_save, by their full names: PEFT
-/// saves them along where the vocabulary was resized, or when told to.
-std::vector<std::string> saved_along(const SavedAdapter& adapter);
 
 /// Those of `module` by the ends of their names, as `options` say.
 ModuleTensors module_tensors(const NamedTensors& tensors, const std::string& module, const at::TensorOptions& options);

@@ -7,6 +7,7 @@
 #include "configs/error.h"
 #include "trainer/layers/model.h"
 #include "trainer/methods/lora_factors.h"
+#include "trainer/methods/targets.h"
 
 namespace corank {
 namespace {
@@ -51,13 +52,14 @@ std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config
 }
 
 void register_parameters(AdapterMethod& method, Model& model, ParameterStore& store, uint64_t seed) {
+  require_only_linears(method.config(), model.other_modules());
   method.attach(model, store, seed);
   for (const NamedWeight& named : saved_modules(model, method.config())) {
     train_weight(named, peft_name(named.name, ""), store);
   }
 }
 
-void check_fits(AdapterMethod& method, SavedAdapter adapter, const ParameterStore& store) {
+void check_fits(MethodTraining& method, SavedAdapter adapter, const ParameterStore& store) {
   method.take_extra(adapter.tensors);
   check_fits(adapter, store);
 }

@@ -12,7 +12,7 @@ std::vector<NamedWeight> saved_modules(Model& model, const AdapterConfig& config
 void register_parameters(AdapterMethod& method, Model& model, ParameterStore& store, uint64_t seed);
 
 /// check_fits() of what the method does not take for itself. `method` has registered its parameters in `store`.
-void check_fits(AdapterMethod& method, SavedAdapter adapter, const ParameterStore& store);
+void check_fits(MethodTraining& method, SavedAdapter adapter, const ParameterStore& store);
 
 /// Collective over the mesh. Brings `method` onto `model`: attaches, allocates the store (masters float32, float64
 /// where `dtype` is), initialises, loads `file` if there is one, begins.

@@ -27,9 +27,25 @@ class PartLoader {
              Communicator& tp)
       : fan_in_fan_out_(config.fan_in_fan_out), options_(options), source_(std::move(source)), tp_(tp) {}
 
+  /// Linears of one input, each of the size that `outs` gives it, in one matrix where format and residency have such.
+  std::vector<std::unique_ptr<AdaptedLinear>> columns(LinearRole role, const std::string& layer,
+                                                      const std::vector<std::string>& names, int64_t in,
+                                                      const std::vector<int64_t>& outs, bool has_bias) {
+    std::vector<int64_t> rows;
+    for (const int64_t out : outs) rows.push_back(Shard::of(0, out, tp_).local_shape({out})[0]);
+    const auto rooms = shared_rooms(format(), rows, in, *options_.residency);
+    WeightPlace place = next_place();
+    std::vector<std::unique_ptr<AdaptedLinear>> linears;
+    for (size_t i = 0; i < names.size(); ++i) {
+      place.room_OI = rooms[i];
+      linears.push_back(column(role, layer + names[i], in, {outs[i]}, has_bias, place));
+    }
+    return linears;
+  }
+
   /// The linear's rows are sections of sizes `outs`, each split for itself.
-  std::unique_ptr<AdaptedLinear> column(const std::string& name, int64_t in, const std::vector<int64_t>& outs,
-                                        bool has_bias) {
+  std::unique_ptr<AdaptedLinear> column(LinearRole role, const std::string& name, int64_t in,
+                                        const std::vector<int64_t>& outs, bool has_bias, const WeightPlace& place) {
     const Shard shard = Shard::of(0, outs, tp_);
     if (!shard.sections.empty() && options_.quantization != "none") {
       throw ConfigError(
@@ -38,13 +54,16 @@ class PartLoader {
                       name));
     }
     const int64_t out = std::accumulate(outs.begin(), outs.end(), int64_t{0});
-    return linear({name, in, out, Split::column, {}, shard, fan_in_fan_out_}, shard, has_bias, /*adds_bias=*/true);
+    return linear({name, in, out, Split::column, {}, shard, fan_in_fan_out_, role}, shard, has_bias,
+                  /*adds_bias=*/true, place);
   }
 
-  std::unique_ptr<AdaptedLinear> row(const std::string& name, int64_t in, int64_t out, bool has_bias) {
-    return linear({name, in, out, Split::row, Shard::of(0, in, tp_), {}, fan_in_fan_out_}, Shard::of(1, in, tp_),
-                  has_bias, /*adds_bias=*/tp_.rank() == 0);
+  std::unique_ptr<AdaptedLinear> row(LinearRole role, const std::string& name, int64_t in, int64_t out, bool has_bias) {
+    return linear({name, in, out, Split::row, Shard::of(0, in, tp_), {}, fan_in_fan_out_, role}, Shard::of(1, in, tp_),
+                  has_bias, /*adds_bias=*/tp_.rank() == 0, next_place());
   }
+
+  WeightPlace next_place() { return {options_.residency, order_++, {}}; }
 
   ops::Weight vector(const std::string& name, int64_t size) { return {place(source_->read(name, {size}, {})), {}}; }
   ops::Weight vocabulary(const std::string& name, int64_t vocab, int64_t hidden) {
@@ -56,9 +75,13 @@ class PartLoader {
   void skip(const std::string& name) { source_->skip(name); }
 
  private:
-  std::unique_ptr<AdaptedLinear> linear(LinearSite site, const Shard& shard, bool has_bias, bool adds_bias) {
-    BaseWeight base{
-        {options_.quantization, options_.double_quant, options_.dtype, options_.device}, stored(site), shard};
+  FormatOptions format() const {
+    return {options_.quantization, options_.double_quant, options_.dtype, options_.device};
+  }
+
+  std::unique_ptr<AdaptedLinear> linear(LinearSite site, const Shard& shard, bool has_bias, bool adds_bias,
+                                        const WeightPlace& where) {
+    BaseWeight base{format(), stored(site), shard, where};
     at::Tensor bias;
     if (has_bias) bias = place(read_sections(*source_, site.name + ".bias", {site.out}, site.out_shard));
     return std::make_unique<AdaptedLinear>(std::move(site), std::move(base), bias, adds_bias);
@@ -95,6 +118,7 @@ class PartLoader {
   const ModelOptions& options_;
   std::shared_ptr<WeightSource> source_;
   Communicator& tp_;
+  int64_t order_ = 0;  ///< of the next weights that read one input
 };
 
 /// Rotary positions; without a table q and k stay as they are.
@@ -129,9 +153,10 @@ class Norm {
   }
 
   void collect(std::vector<NamedWeight>& weights, bool saveable = false) {
-    weights.push_back({name_ + ".weight", weight_D_.value.sizes().vec(), {}, false, &weight_D_, saveable});
+    weights.push_back(
+        {WeightRole::norm, name_ + ".weight", weight_D_.value.sizes().vec(), {}, false, &weight_D_, saveable});
     if (!bias_D_.defined()) return;
-    weights.push_back({name_ + ".bias", bias_D_.value.sizes().vec(), {}, false, &bias_D_, saveable});
+    weights.push_back({WeightRole::norm, name_ + ".bias", bias_D_.value.sizes().vec(), {}, false, &bias_D_, saveable});
   }
 
  private:
@@ -155,7 +180,14 @@ class HeadNorm {
   /// A tensor-parallel rank sees only its own heads, so its gradient is a part.
   void collect(std::vector<NamedWeight>& weights) {
     if (!weight_d_.defined()) return;
-    weights.push_back({name_, weight_d_.value.sizes().vec(), {}, false, &weight_d_, false, GradientScope::everywhere});
+    weights.push_back({WeightRole::norm,
+                       name_,
+                       weight_d_.value.sizes().vec(),
+                       {},
+                       false,
+                       &weight_d_,
+                       false,
+                       GradientScope::everywhere});
   }
 
  private:
@@ -167,11 +199,12 @@ class HeadNorm {
 /// Column-parallel projections of one input, to features of sizes `outs`: a linear each, or one linear of them all.
 class Projections {
  public:
-  Projections(const std::string& layer, const std::vector<std::string>& names, int64_t in,
+  Projections(LinearRole role, const std::string& layer, const std::vector<std::string>& names, int64_t in,
               const std::vector<int64_t>& outs, bool has_bias, PartLoader& load) {
-    for (size_t i = 0; i < names.size(); ++i) {
-      const bool fused = names.size() < outs.size();
-      linears_.push_back(load.column(layer + names[i], in, fused ? outs : std::vector{outs[i]}, has_bias));
+    if (names.size() == outs.size()) {
+      linears_ = load.columns(role, layer, names, in, outs, has_bias);
+    } else {
+      linears_.push_back(load.column(role, layer + names[0], in, outs, has_bias, load.next_place()));
     }
     outs_ = outs;
   }
@@ -206,11 +239,12 @@ class SelfAttention {
         rule_{1 / std::sqrt(static_cast<double>(c.head_dim)), c.windows.empty() ? 0 : c.windows[index]},
         dropout_(c.attention_dropout),
         residual_dropout_(c.residual_dropout),
-        qkv_(layer, c.names.qkv, c.hidden_size,
+        qkv_(LinearRole::attention_in, layer, c.names.qkv, c.hidden_size,
              {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim}, c.qkv_bias, load),
         q_norm_(layer, c.names.q_norm, c, load),
         k_norm_(layer, c.names.k_norm, c, load),
-        out_(load.row(layer + c.names.attention_out, c.num_heads * c.head_dim, c.hidden_size, c.attention_out_bias)) {}
+        out_(load.row(LinearRole::attention_out, layer + c.names.attention_out, c.num_heads * c.head_dim, c.hidden_size,
+                      c.attention_out_bias)) {}
 
   at::Tensor forward(const at::Tensor& x_ND, const RopeTable& table, const ForwardContext& context) const {
     const auto qkv = qkv_.forward(x_ND, context);
@@ -249,9 +283,10 @@ class FeedForward {
       : name_(layer + "feed_forward"),
         activation_(c.activation),
         residual_dropout_(c.residual_dropout),
-        in_(layer, c.names.feed_forward_in, c.hidden_size,
+        in_(LinearRole::feed_forward_in, layer, c.names.feed_forward_in, c.hidden_size,
             std::vector<int64_t>(c.activation == Activation::swiglu ? 2 : 1, c.intermediate_size), c.mlp_bias, load),
-        out_(load.row(layer + c.names.feed_forward_out, c.intermediate_size, c.hidden_size, c.mlp_bias)) {}
+        out_(load.row(LinearRole::feed_forward_out, layer + c.names.feed_forward_out, c.intermediate_size,
+                      c.hidden_size, c.mlp_bias)) {}
 
   at::Tensor forward(const at::Tensor& x_ND, const ForwardContext& context) const {
     const auto in = in_.forward(x_ND, context);
@@ -372,16 +407,20 @@ class Decoder : public Model {
   std::vector<NamedWeight> other_weights() override {
     const std::vector<int64_t> vocabulary{config_.vocab_size, config_.hidden_size};
     const DecoderNames& names = config_.names;
-    std::vector<NamedWeight> result{
-        {names.embedding + ".weight", vocabulary, vocab_shard_, true, &embedding_, !config_.tied_head}};
+    std::vector<NamedWeight> result{{WeightRole::embedding, names.embedding + ".weight", vocabulary, vocab_shard_, true,
+                                     &embedding_, !config_.tied_head}};
     if (positions_.defined()) {
-      result.push_back({names.positions + ".weight", positions_.value.sizes().vec(), {}, true, &positions_});
+      result.push_back(
+          {WeightRole::positions, names.positions + ".weight", positions_.value.sizes().vec(), {}, true, &positions_});
     }
     for (const auto& layer : layers_) layer->collect(result);
     final_norm_.collect(result, /*saveable=*/true);
-    if (!config_.tied_head) result.push_back({names.head + ".weight", vocabulary, vocab_shard_, true, &head_, true});
+    if (!config_.tied_head)
+      result.push_back({WeightRole::head, names.head + ".weight", vocabulary, vocab_shard_, true, &head_, true});
     return result;
   }
+
+  std::vector<std::string> other_modules() const override { return family_modules().others; }
 
   int64_t num_layers() const override { return config_.num_layers; }
   int64_t hidden_size() const override { return config_.hidden_size; }

@@ -82,7 +82,12 @@ struct FamilyDefaults {
 DecoderConfig llama_like_config(const ConfigFile& file, const FamilyDefaults& defaults);
 double get_norm_eps(const ConfigFile& file, const char* key, double default_value);
 
-// The families of the table in families.cpp, one file each: read config.json, refuse what they cannot honour.
+// The families of the table in families.cpp, one file each: names of their modules; what reads config.json and refuses
+// what it cannot honour.
+DecoderNames llama_names();
+DecoderNames qwen3_names();
+DecoderNames phi3_names();
+DecoderNames gpt2_names();
 DecoderConfig llama_config(const ConfigFile& file);
 DecoderConfig qwen2_config(const ConfigFile& file);
 DecoderConfig qwen3_config(const ConfigFile& file);

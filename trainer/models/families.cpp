@@ -1,5 +1,7 @@
 #include "trainer/models/families.h"
 
+#include <algorithm>
+
 #include "comm/backends.h"
 #include "data/file.h"
 #include "trainer/models/config_file.h"
@@ -12,11 +14,13 @@ namespace {
 struct Family {
   const char* model_type;
   DecoderConfig (*read)(const ConfigFile& file);
+  DecoderNames (*names)();
 };
 
 constexpr Family kFamilies[] = {
-    {"llama", llama_config},     {"qwen2", qwen2_config}, {"qwen3", qwen3_config},
-    {"mistral", mistral_config}, {"phi3", phi3_config},   {"gpt2", gpt2_config},
+    {"llama", llama_config, llama_names}, {"qwen2", qwen2_config, llama_names},
+    {"qwen3", qwen3_config, qwen3_names}, {"mistral", mistral_config, llama_names},
+    {"phi3", phi3_config, phi3_names},    {"gpt2", gpt2_config, gpt2_names},
 };
 
 struct Shape {
@@ -85,6 +89,7 @@ DecoderConfig read_config(const std::string& config_json, const std::string& ori
   const ConfigFile file(config_json, origin);
   const Family& family = family_of(file);
   DecoderConfig config = family.read(file);
+  config.names = family.names();
   refuse_other_tasks(file);
   ignore_bookkeeping(file);
   file.done();
@@ -123,6 +128,10 @@ std::unique_ptr<WeightSource> weights_of(const ModelOptions& options, const Deco
   return std::make_unique<BareWeights>(std::move(weights), prefix);
 }
 
+void add_once(std::vector<std::string>& list, const std::string& name) {
+  if (std::count(list.begin(), list.end(), name) == 0) list.push_back(name);
+}
+
 std::string origin_of(const ModelOptions& options) {
   return options.path.empty() ? "model.shape " + options.shape : options.path + "/config.json";
 }
@@ -143,6 +152,22 @@ std::vector<std::string> shape_names() {
   std::vector<std::string> names;
   for (const Shape& shape : kShapes) names.emplace_back(shape.name);
   return names;
+}
+
+FamilyModules family_modules() {
+  FamilyModules modules;
+  for (const Family& family : kFamilies) {
+    const DecoderNames names = family.names();
+    add_once(modules.embeddings, names.embedding.substr(names.embedding.rfind('.') + 1));
+    add_once(modules.heads, names.head.substr(names.head.rfind('.') + 1));
+    for (const std::string& name : {names.head, names.embedding, names.positions, names.final_norm}) {
+      if (!name.empty()) add_once(modules.others, name);
+    }
+    for (const std::string& name : {names.attention_norm, names.feed_forward_norm, names.q_norm, names.k_norm}) {
+      if (!name.empty()) add_once(modules.others, names.layers + ".0." + name);
+    }
+  }
+  return modules;
 }
 
 std::string model_config_json(const ModelOptions& options) {

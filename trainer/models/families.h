@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "trainer/layers/model.h"
+#include "trainer/weights/residency.h"
 #include "trainer/weights/weight_source.h"
 
 namespace corank {
@@ -24,11 +25,19 @@ struct ModelOptions {
   int64_t max_positions = 1024;  ///< longest sequence that will come
   uint64_t seed = 42;            ///< of random weights
   at::Device device = at::kCPU;
+  std::shared_ptr<Residency> residency = resident();  ///< where the blocks' linears are
 };
 
 /// config.json of `options`, or the JSON of the named shape.
 std::string model_config_json(const ModelOptions& options);
 std::vector<std::string> shape_names();
+
+/// Names of modules in every family, by which an adapter's file is judged without its model.
+struct FamilyModules {
+  std::vector<std::string> embeddings, heads;  ///< the last parts
+  std::vector<std::string> others;             ///< all that take no adapter; those of a layer as of the first one
+};
+FamilyModules family_modules();
 
 /// What must divide for `tensor` ranks, and everything else of config.json that can be refused without reading weights:
 /// ConfigError (sizes that do not divide) or InputError (an unknown architecture or attribute).

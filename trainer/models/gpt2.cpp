@@ -4,7 +4,6 @@
 #include "trainer/models/decoder.h"
 
 namespace corank {
-namespace {
 
 DecoderNames gpt2_names() {
   DecoderNames names;
@@ -21,6 +20,8 @@ DecoderNames gpt2_names() {
   names.buffers = {"attn.bias", "attn.masked_bias"};  // the causal mask
   return names;
 }
+
+namespace {
 
 /// Names of the tanh form of gelu.
 const std::set<std::string> kGelus{"gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"};
@@ -51,7 +52,6 @@ DecoderConfig gpt2_config(const ConfigFile& file) {
                "summary_use_proj"});  // no part of the result
   refuse_variants(file);
   DecoderConfig c;
-  c.names = gpt2_names();
   c.vocab_size = file.get_size("vocab_size", 50257);
   c.hidden_size = get_size(file, "n_embd", "hidden_size", 768);
   c.intermediate_size = file.has("n_inner") ? file.get_size("n_inner", 0) : 4 * c.hidden_size;

@@ -47,6 +47,8 @@ DecoderConfig llama_like_config(const ConfigFile& file, const FamilyDefaults& de
   return c;
 }
 
+DecoderNames llama_names() { return {}; }
+
 DecoderConfig llama_config(const ConfigFile& file) {
   file.ignore({"sliding_window", "use_sliding_window", "max_window_layers"});  // no window in transformers' Llama
   DecoderConfig c = llama_like_config(file, {.vocab_size = 32000,

@@ -5,6 +5,13 @@
 
 namespace corank {
 
+DecoderNames phi3_names() {
+  DecoderNames names;
+  names.qkv = {"self_attn.qkv_proj"};
+  names.feed_forward_in = {"mlp.gate_up_proj"};
+  return names;
+}
+
 DecoderConfig phi3_config(const ConfigFile& file) {
   file.ignore({"attention_bias", "mlp_bias", "embd_pdrop", "use_sliding_window"});  // not read by transformers' Phi-3
   DecoderConfig c = llama_like_config(file, {.vocab_size = 32064,
@@ -24,8 +31,6 @@ DecoderConfig phi3_config(const ConfigFile& file) {
   if (std::count(c.windows.begin(), c.windows.end(), window.value_or(0)) != c.num_layers) {
     file.fail("layer_types says otherwise than sliding_window, which is that of all layers");
   }
-  c.names.qkv = {"self_attn.qkv_proj"};
-  c.names.feed_forward_in = {"mlp.gate_up_proj"};
   return c;
 }
 

@@ -36,6 +36,13 @@ DecoderConfig qwen2_config(const ConfigFile& file) {
   return c;
 }
 
+DecoderNames qwen3_names() {
+  DecoderNames names;
+  names.q_norm = "self_attn.q_norm";
+  names.k_norm = "self_attn.k_norm";
+  return names;
+}
+
 DecoderConfig qwen3_config(const ConfigFile& file) {
   file.ignore({"mlp_bias"});
   FamilyDefaults defaults = qwen_defaults();
@@ -43,8 +50,6 @@ DecoderConfig qwen3_config(const ConfigFile& file) {
   DecoderConfig c = llama_like_config(file, defaults);
   c.qkv_bias = c.attention_out_bias = file.get<bool>("attention_bias", false);
   c.windows = qwen_windows(file, c.num_layers);
-  c.names.q_norm = "self_attn.q_norm";
-  c.names.k_norm = "self_attn.k_norm";
   return c;
 }
 

@@ -4,12 +4,16 @@
 
 namespace corank::ops {
 
+at::Tensor adamw_learning_rate(const at::Tensor& like) {
+  return at::zeros({}, at::TensorOptions(like.is_cuda() ? at::kFloat : at::kDouble).device(like.device()));
+}
+
 void adamw(const at::Tensor& parameter, const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-           double learning_rate, double weight_decay, int64_t step, const AdamW& options) {
+           const at::Tensor& learning_rate, double weight_decay, const at::Tensor& step, const AdamW& options,
+           const at::Tensor& skip) {
   if (parameter.numel() == 0) return;
-  const at::Tensor step_count = at::full({}, static_cast<double>(step), parameter.options().dtype(at::kFloat));
-  at::_fused_adamw_(parameter, grad, exp_avg, exp_avg_sq, {}, step_count, learning_rate, options.beta1, options.beta2,
-                    weight_decay, options.epsilon, /*amsgrad=*/false, /*maximize=*/false);
+  at::_fused_adamw_(parameter, grad, exp_avg, exp_avg_sq, {}, step, learning_rate, options.beta1, options.beta2,
+                    weight_decay, options.epsilon, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, skip);
 }
 
 void adamw_reference(const at::Tensor& parameter, const at::Tensor& grad, const at::Tensor& exp_avg,

@@ -6,7 +6,8 @@ Optimizer::Optimizer(ParameterStore& store, OptimizerOptions options)
     : store_(store),
       options_(options),
       exp_avg_(at::zeros_like(store.masters())),
-      exp_avg_sq_(at::zeros_like(store.masters())) {
+      exp_avg_sq_(at::zeros_like(store.masters())),
+      step_(at::zeros({}, store.masters().options().dtype(at::kFloat))) {
   for (const auto& p : store.parameters()) {
     const double decay = p.spec.decays ? options.weight_decay : 0;
     const bool same =
@@ -14,16 +15,18 @@ Optimizer::Optimizer(ParameterStore& store, OptimizerOptions options)
     if (same) {
       groups_.back().count += p.master.numel();
     } else {
-      groups_.push_back({p.begin, p.master.numel(), decay, p.spec.lr_scale});
+      groups_.push_back({p.begin, p.master.numel(), decay, p.spec.lr_scale, ops::adamw_learning_rate(store.masters())});
     }
   }
 }
 
-void Optimizer::step(double learning_rate, int64_t step) {
+void Optimizer::step(double learning_rate, int64_t step, const at::Tensor& skip) {
+  step_.fill_(step);
   for (const Group& g : groups_) {
     const auto part = [&](const at::Tensor& flat) { return flat.narrow(0, g.begin, g.count); };
-    ops::adamw(part(store_.masters()), part(store_.gradients()), part(exp_avg_), part(exp_avg_sq_),
-               learning_rate * g.lr_scale, g.weight_decay, step, options_.adamw);
+    g.learning_rate.fill_(learning_rate * g.lr_scale);
+    ops::adamw(part(store_.masters()), part(store_.gradients()), part(exp_avg_), part(exp_avg_sq_), g.learning_rate,
+               g.weight_decay, step_, options_.adamw, skip);
   }
   store_.refresh();
 }

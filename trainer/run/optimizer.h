@@ -21,8 +21,9 @@ class Optimizer {
   Optimizer(ParameterStore& store, OptimizerOptions options);
 
   /// One update from the store's gradients; `step` counts from 1 at the start and after a restart. Refreshes the
-  /// compute copies.
-  void step(double learning_rate, int64_t step);
+  /// compute copies. Learning rates and `step` reach the kernels as tensors of the device. `skip`: a float32 scalar on
+  /// the device; where it is 1, nothing changes.
+  void step(double learning_rate, int64_t step, const at::Tensor& skip);
   /// Moments zero, as at the start.
   void restart();
 
@@ -34,11 +35,12 @@ class Optimizer {
   struct Group {
     int64_t begin, count;
     double weight_decay, lr_scale;
+    at::Tensor learning_rate;  ///< as ops::adamw takes it
   };
   ParameterStore& store_;
   OptimizerOptions options_;
   std::vector<Group> groups_;
-  at::Tensor exp_avg_, exp_avg_sq_;
+  at::Tensor exp_avg_, exp_avg_sq_, step_;
 };
 
 /// Collective over tp (purpose gradient_norm). Euclidean norm of the whole gradient over all trainable parameters, a

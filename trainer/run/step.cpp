@@ -17,32 +17,64 @@ at::Tensor loss_sum(const Model& model, const ForwardContext& context) {
   return cross_entropy(h_ND, context.batch.target_rows_M, context.batch.targets_M, model.head(), context.tp);
 }
 
-struct Counts {
-  int64_t targets, tokens;
-};
-
-/// Collective over dp. Targets and tokens of the global batch.
-Counts count_globally(const StepBatches& batches, Communicator& dp) {
-  at::Tensor counts = at::tensor({batches.num_targets, batches.num_tokens}, at::kLong).to(dp.device());
+/// Collective over dp. Targets and tokens of the global batch: int64 [2] on the device.
+at::Tensor count_globally(const StepBatches& batches, Communicator& dp) {
+  const at::Tensor counts = at::empty({2}, at::TensorOptions(at::kLong).device(dp.device()));
+  counts[0].fill_(batches.num_targets);
+  counts[1].fill_(batches.num_tokens);
   dp.all_reduce(counts, ReduceOp::sum, Purpose::data_control);
-  counts = counts.to(at::kCPU);
-  return {counts[0].item<int64_t>(), counts[1].item<int64_t>()};
+  return counts;
 }
 
-void require_targets(const Counts& global, int64_t step) {
-  if (global.targets > 0) return;
+/// Collective over the world where anybody asks. Whether some rank wants to stop: int64 [1] on the device.
+at::Tensor stop_flag(const std::function<bool()>& stop, Communicator& world) {
+  at::Tensor flag = at::full({1}, stop && stop() ? 1 : 0, at::TensorOptions(at::kLong).device(world.device()));
+  if (stop) world.all_reduce(flag, ReduceOp::max, Purpose::data_control);
+  return flag;
+}
+
+/// Scales the gradients as torch.nn.utils.clip_grad_norm_ does; a factor of 1 keeps their bits.
+void clip(const at::Tensor& gradients, const at::Tensor& norm, double max_norm) {
+  if (max_norm > 0) gradients.mul_(at::full_like(norm, max_norm).div_(norm + 1e-6).clamp_max_(1));
+}
+
+/// 1 where one of the numbers is not finite, else 0: what the optimizer takes.
+at::Tensor not_finite(const at::Tensor& loss, const at::Tensor& norm) {
+  return at::isfinite(loss).logical_and_(at::isfinite(norm)).logical_not_().to(at::kFloat);
+}
+
+/// The step's one wait for the device.
+StepStats read_stats(const at::Tensor& loss, const at::Tensor& norm, const at::Tensor& counts, const at::Tensor& stop) {
+  const at::Tensor numbers = at::cat({at::stack({loss, norm}), counts.to(at::kDouble), stop.to(at::kDouble)});
+  const at::Tensor host = numbers.to(at::kCPU);
+  const double* n = host.const_data_ptr<double>();
+  return {n[0], n[1], static_cast<int64_t>(n[2]), static_cast<int64_t>(n[3]), n[4] != 0};
+}
+
+/// Whether the update was made.
+bool is_sound(const StepStats& stats) {
+  return stats.target_tokens > 0 && std::isfinite(stats.loss) && std::isfinite(stats.grad_norm);
+}
+
+[[noreturn]] void refuse_step(const StepStats& stats, int64_t step) {
+  if (stats.target_tokens == 0) {
+    throw InputError(fmt::format(
+        "step {}: none of its {} tokens is a target, so there is nothing to learn from; nothing was changed.", step,
+        stats.tokens));
+  }
   throw InputError(
-      fmt::format("step {}: none of its {} tokens is a target, so there is nothing to learn from; nothing was changed.",
-                  step, global.tokens));
+      fmt::format("step {}: loss {} and gradient norm {} are not both finite; nothing was changed. Lower "
+                  "train.learning_rate or look at the data of this step.",
+                  step, stats.loss, stats.grad_norm));
 }
 
 }  // namespace
 
 StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options) {
   const Mesh& mesh = parts.mesh;
-  const Counts global = count_globally(batches, mesh.dp());
-  require_targets(global, step);
-  const double share = 1.0 / static_cast<double>(global.targets);
+  const at::Tensor& gradients = parts.store.gradients();
+  const at::Tensor counts = count_globally(batches, mesh.dp());
+  const at::Tensor share = counts[0].to(at::kDouble).reciprocal_();
 
   at::Tensor loss = at::zeros({}, at::TensorOptions(at::kDouble).device(mesh.device()));
   for (const Batch& on_host : batches.micro_batches) {
@@ -58,20 +90,12 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   parts.method.add_gradients(step, mesh);
 
   const at::Tensor norm = gradient_norm(parts.store, mesh.tp());
-  const at::Tensor read = at::stack({loss, norm}).to(at::kCPU);  // the step's one wait for the device
-  const StepStats stats{read[0].item<double>(), read[1].item<double>(), global.targets, global.tokens};
-  if (!std::isfinite(stats.loss) || !std::isfinite(stats.grad_norm)) {
-    throw InputError(
-        fmt::format("step {}: loss {} and gradient norm {} are not both finite; nothing was changed. Lower "
-                    "train.learning_rate or look at the data of this step.",
-                    step, stats.loss, stats.grad_norm));
-  }
-  // torch.nn.utils.clip_grad_norm_'s factor
-  const double clip = options.max_grad_norm / (stats.grad_norm + 1e-6);
-  if (options.max_grad_norm > 0 && clip < 1) parts.store.gradients().mul_(clip);
-  parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step));
-  if (parts.method.on_step_end(step, mesh)) parts.optimizer.restart();
-  parts.store.gradients().zero_();
+  clip(gradients, norm, options.max_grad_norm);
+  parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step), not_finite(loss, norm));
+  const StepStats stats = read_stats(loss, norm, counts, stop_flag(options.stop, mesh.world()));
+  if (is_sound(stats) && parts.method.on_step_end(step, mesh)) parts.optimizer.restart();
+  gradients.zero_();
+  if (!is_sound(stats)) refuse_step(stats, step);
   return stats;
 }
 

@@ -1,4 +1,6 @@
 #pragma once
+#include <functional>
+
 #include "comm/grad_reducer.h"
 #include "data/loader.h"
 #include "trainer/layers/model.h"
@@ -21,6 +23,8 @@ struct StepOptions {
   double learning_rate = 0;
   double max_grad_norm = 1.0;  ///< 0: no clipping
   uint64_t seed = 0;
+  /// Asked on every rank while the step is under way: whether the run is to stop after it. None: nobody asks.
+  std::function<bool()> stop = {};
 };
 
 struct StepStats {
@@ -28,11 +32,13 @@ struct StepStats {
   double grad_norm = 0;       ///< before clipping
   int64_t target_tokens = 0;  ///< of the global batch
   int64_t tokens = 0;         ///< of the global batch
+  bool stop = false;          ///< some rank's `stop` said so
 };
 
 /// Collective over the world. One optimizer step `step` (from 1) on one global batch; the same result for any split
-/// into micro-batches and ranks, up to rounding. Throws InputError on every rank if the step has no target or if loss
-/// or gradient is not finite, before any parameter changed.
+/// into micro-batches and ranks, up to rounding. Everything that the host wants to know comes from the device in one
+/// read, behind the update; the update itself is left out on the device where loss or gradient is not finite, so that
+/// nothing changes. Throws InputError on every rank then, and where the step has no target.
 StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options);
 
 /// Means over the targets of an evaluation.

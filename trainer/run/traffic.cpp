@@ -5,6 +5,7 @@
 
 #include "trainer/layers/model.h"
 #include "trainer/methods/start.h"
+#include "trainer/methods/targets.h"
 
 namespace corank {
 namespace {
@@ -21,7 +22,15 @@ GradientSizes other_gradients(const TrafficShape& shape, bool full) {
   return sizes;
 }
 
-bool embedding_trains(const TrafficShape& shape, bool full) { return full || shape.others.front().saved; }
+bool embedding_trains(const TrafficShape& shape, bool full) {
+  return full || std::any_of(shape.others.begin(), shape.others.end(), [](const TrafficShape::Other& other) {
+           return other.role == WeightRole::embedding && other.saved;
+         });
+}
+
+bool is_feed_forward(const LinearSize& linear) {
+  return linear.role == LinearRole::feed_forward_in || linear.role == LinearRole::feed_forward_out;
+}
 
 /// The linears that train, with their sizes.
 std::vector<LinearSize> trained_linears(const TrafficShape& shape, const AdapterConfig& adapter, bool full) {
@@ -44,22 +53,20 @@ int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>&
   for (const LinearSize& linear : trained_linears) trained.insert(linear.name);
   int64_t sums = 1;                                 // the embedding
   bool needs_grad = embedding_trains(shape, full);  // of the block's input: something below it trains, or is run again
-  std::string block;                                // ...self_attn or ...mlp
-  bool block_trains = false;
+  bool half_begins = true, half_trains = false;     // attention or feed-forward, each from one row-parallel linear on
   for (const auto& linear : shape.linears) {
-    const std::string current = linear.name.substr(0, linear.name.rfind('.'));
-    if (current != block) {
-      needs_grad = needs_grad || block_trains;
+    if (half_begins) {
+      needs_grad = needs_grad || half_trains;
       if (needs_grad) ++sums;  // into the column-parallel linears, backward
-      block = current;
-      block_trains = false;
+      half_trains = false;
     }
-    block_trains = block_trains || trained.count(linear.name);
+    half_begins = linear.row;
+    half_trains = half_trains || trained.count(linear.name);
     if (!linear.row) continue;
     const bool again =
-        checkpointing == Checkpointing::full || (checkpointing == Checkpointing::mlp && block.ends_with("mlp"));
+        checkpointing == Checkpointing::full || (checkpointing == Checkpointing::mlp && is_feed_forward(linear));
     sums += again ? 2 : 1;  // out of the row-parallel linear, forward
-    if (again && block.ends_with("mlp")) needs_grad = true;
+    if (again && is_feed_forward(linear)) needs_grad = true;
   }
   return sums;
 }
@@ -71,13 +78,13 @@ TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
   for (const AdaptedLinear* linear : model.linears()) {
     const LinearSite& site = linear->site();
     const bool bias = linear->num_base_parameters() > site.in * site.out;
-    shape.linears.push_back({site.name, site.in, site.out, site.split == Split::row, bias});
+    shape.linears.push_back({site.name, site.in, site.out, site.split == Split::row, bias, site.role});
   }
   const auto saved = saved_modules(model, adapter);
   for (const NamedWeight& weight : model.other_weights()) {
     const bool is_saved =
         std::any_of(saved.begin(), saved.end(), [&](const NamedWeight& one) { return one.name == weight.name; });
-    shape.others.push_back({weight.weight->value.numel(), weight.scope, is_saved});
+    shape.others.push_back({weight.role, weight.weight->value.numel(), weight.scope, is_saved});
   }
   return shape;
 }

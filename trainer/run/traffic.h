@@ -14,11 +14,12 @@ struct TrafficShape {
   int64_t hidden = 0, vocab = 0, layers = 0;
   std::vector<LinearSize> linears;
   struct Other {
+    WeightRole role = WeightRole::norm;
     int64_t elements = 0;  ///< of one rank
     GradientScope scope = GradientScope::data;
     bool saved = false;  ///< trains beside the adapter (modules_to_save)
   };
-  std::vector<Other> others;  ///< embedding first, norms and, where it is not tied, head
+  std::vector<Other> others;
 };
 TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter);
 

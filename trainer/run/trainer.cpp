@@ -4,7 +4,6 @@
 
 #include <chrono>
 
-#include "comm/agree.h"
 #include "configs/error.h"
 #include "trainer/ops/device.h"
 
@@ -61,7 +60,8 @@ TrainingState Trainer::run(TrainingState state, const std::function<bool()>& sto
 
 bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop) {
   const int64_t step = state.step + 1, last = options_.schedule.total_steps;
-  StepRecord record = take_step(step);
+  bool stopping = false;
+  StepRecord record = take_step(step, stop, stopping);
   state = {step, loader_.state()};
   if (due(step, options_.eval_steps)) {
     const EvaluationRecord evaluation = evaluate_after(step);
@@ -69,19 +69,19 @@ bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop) {
     record.eval_accuracy = evaluation.token_accuracy;
     tell([&](Observer& observer) { observer.on_evaluation(evaluation); });
   }
-  const bool stopping = any_rank(parts_.mesh.world(), stop());
   record.logged = due(step, options_.logging_steps) || step == last || record.eval_loss;
   tell([&](Observer& observer) { observer.on_step(record); });
   if (due(step, options_.save_steps) || step == last || stopping) save(state);
   return !stopping;
 }
 
-StepRecord Trainer::take_step(int64_t step) {
+StepRecord Trainer::take_step(int64_t step, const std::function<bool()>& stop, bool& stopping) {
   const Ledger::Snapshot before = ledger_.snapshot();
   const auto start = std::chrono::steady_clock::now();
   const StepBatches batches = loader_.next();
   const double rate = lr_at(options_.schedule, step) * parts_.method.learning_rate_scale(step);
-  const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, options_.seed});
+  const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, options_.seed, stop});
+  stopping = stats.stop;
   StepRecord record;
   record.step = step;
   record.max_steps = options_.schedule.total_steps;

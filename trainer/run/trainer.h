@@ -30,7 +30,7 @@ class Trainer {
   /// (auto), none (never), or that at the path. What lies ahead of its step is set aside. InputError, MissingError, or
   /// ConfigError where there are checkpoints of another run.
   TrainingState start(const StartRecord& record, const std::string& resume);
-  /// Collective over the world. Trains from `state` to the last step. `stop` is asked after every step on every rank;
+  /// Collective over the world. Trains from `state` to the last step. `stop` is asked in every step on every rank;
   /// if it is true on any, all save and return early. `write_result` is called once the run is complete, on every rank,
   /// and returns the place of what it wrote. Returns the state reached: complete when step == total_steps.
   TrainingState run(TrainingState state, const std::function<bool()>& stop,
@@ -39,7 +39,7 @@ class Trainer {
  private:
   /// Collective over the world. One step and what is due after it; false: training is to stop.
   bool advance(TrainingState& state, const std::function<bool()>& stop);
-  StepRecord take_step(int64_t step);
+  StepRecord take_step(int64_t step, const std::function<bool()>& stop, bool& stopping);
   EvaluationRecord evaluate_after(int64_t step) const;
   void save(const TrainingState& state);
   Ledger::Snapshot bytes_since(const Ledger::Snapshot& before) const;

@@ -7,6 +7,7 @@
 
 #include "trainer/ops/quantize.h"
 #include "trainer/weights/matrix.h"
+#include "trainer/weights/residency.h"
 #include "trainer/weights/shard.h"
 
 namespace corank {
@@ -39,16 +40,28 @@ struct FormatOptions {
   at::Device device = at::kCPU;
 };
 
+/// Where a weight's bytes go.
+struct WeightPlace {
+  std::shared_ptr<Residency> residency = resident();
+  int64_t order = 0;   ///< in forward; weights of one input share it
+  at::Tensor room_OI;  ///< rows of a matrix that it shares with others (shared_rooms); undefined: its own memory
+};
+
 /// All that it takes to make a frozen weight, now or again.
 struct BaseWeight {
   FormatOptions format;
   StoredWeight stored;
   Shard shard;  ///< of the [O, I] matrix
+  WeightPlace place = {};
 };
 
 std::vector<std::string> format_names();
 /// A frozen weight in the named format; an unknown name is a ConfigError that lists the known ones.
 std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const StoredWeight& stored,
-                                                 const Shard& shard);
+                                                 const Shard& shard, const WeightPlace& place = {});
+/// Rooms for weights of `rows` output features that read one input of `in`, one above the other in one matrix;
+/// undefined where the format or the residency has none.
+std::vector<at::Tensor> shared_rooms(const FormatOptions& options, const std::vector<int64_t>& rows, int64_t in,
+                                     Residency& residency);
 
 }  // namespace corank

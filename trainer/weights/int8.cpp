@@ -7,31 +7,39 @@ namespace {
 /// 8 bits a weight and a scale for each output row (methods 6.10).
 class Int8Weight : public FrozenWeight {
  public:
-  Int8Weight(ops::Int8 weight, at::ScalarType dtype, bool has_full_rows)
-      : weight_(std::move(weight)), dtype_(dtype), has_full_rows_(has_full_rows) {}
+  Int8Weight(const ops::Int8& weight, at::ScalarType dtype, bool has_full_rows, WeightPlace place)
+      : dtype_(dtype), has_full_rows_(has_full_rows), place_(std::move(place)) {
+    keep(weight);
+  }
 
-  at::Tensor dense_OI() const override { return ops::int8_dequantise(weight_, dtype_); }
   void replace(const at::Tensor& w_OI) override {
     if (!has_full_rows_) throw InternalError("int8: a part of a row was to be quantised without the rest of it");
-    weight_ = ops::int8_quantise(w_OI);
+    keep(ops::int8_quantise(w_OI));
   }
-  int64_t bytes() const override { return weight_.bytes(); }
+  int64_t bytes() const override { return bytes_->device_bytes(); }
 
  private:
-  ops::Int8 weight_;
+  void keep(const ops::Int8& w) { bytes_ = place_.residency->keep(place_.order, {w.q_OI, w.scale_O1}); }
+  at::Tensor unpack(Pass pass) const override {
+    const auto stored = bytes_->on_device(pass);
+    return ops::int8_dequantise({stored[0], stored[1]}, dtype_);
+  }
+
   at::ScalarType dtype_;
   bool has_full_rows_;
+  WeightPlace place_;
+  std::unique_ptr<StoredBytes> bytes_;
 };
 
 }  // namespace
 
 std::unique_ptr<FrozenWeight> make_int8_weight(const FormatOptions& options, const StoredWeight& stored,
-                                               const Shard& shard) {
+                                               const Shard& shard, const WeightPlace& place) {
   const bool has_full_rows = shard.dim != 1;
   ops::Int8 weight = ops::int8_quantise(read_finite(stored, has_full_rows ? shard : Shard{}));
   if (!has_full_rows) weight.q_OI = take_shard(weight.q_OI, shard).contiguous();
   weight = {weight.q_OI.to(options.device), weight.scale_O1.to(options.device)};
-  return std::make_unique<Int8Weight>(std::move(weight), options.dtype, has_full_rows);
+  return std::make_unique<Int8Weight>(weight, options.dtype, has_full_rows, place);
 }
 
 }  // namespace corank

@@ -10,7 +10,7 @@ void add_term(const at::Tensor& sum, const LowRankTerm& term) {
 }  // namespace
 
 at::Tensor Matrix::multiply(const at::Tensor& x_NI, const at::Tensor& bias_O, const LowRankTerm& term) const {
-  const at::Tensor w_OI = dense_OI();
+  const at::Tensor w_OI = unpack(Pass::forward);
   const at::Tensor y_NO = bias_O.defined() ? at::addmm(bias_O, x_NI, w_OI.t()) : at::mm(x_NI, w_OI.t());
   add_term(y_NO, term);
   return y_NO;
@@ -20,13 +20,13 @@ void Matrix::multiply_transposed(const at::Tensor& g_NO, const at::Tensor& dx_NI
                                  const LowRankTerm& term) const {
   if (write == Write::over) {
     at::Tensor out = dx_NI;
-    at::mm_out(out, g_NO, dense_OI());
+    at::mm_out(out, g_NO, unpack(Pass::backward));
   } else {
-    dx_NI.addmm_(g_NO, dense_OI());
+    dx_NI.addmm_(g_NO, unpack(Pass::backward));
   }
   add_term(dx_NI, term);
 }
 
-std::unique_ptr<const Matrix> Matrix::unpacked() const { return std::make_unique<DenseMatrix>(dense_OI()); }
+std::unique_ptr<const Matrix> Matrix::unpacked(Pass pass) const { return std::make_unique<DenseMatrix>(unpack(pass)); }
 
 }  // namespace corank

@@ -3,6 +3,8 @@
 
 #include <memory>
 
+#include "trainer/weights/residency.h"
+
 // Legend: N tokens, I in, O out, R rank.
 namespace corank {
 
@@ -28,18 +30,23 @@ class Matrix {
   virtual void multiply_transposed(const at::Tensor& g_NO, const at::Tensor& dx_NI, Write write,
                                    const LowRankTerm& term = {}) const;
   /// The same matrix for several products in a row: the dense form is built once.
-  virtual std::unique_ptr<const Matrix> unpacked() const;
+  virtual std::unique_ptr<const Matrix> unpacked(Pass pass) const;
   /// [O, I] in the compute dtype: for merging, norms and tests.
-  virtual at::Tensor dense_OI() const = 0;
+  at::Tensor dense_OI() const { return unpack(Pass::forward); }
+
+ protected:
+  /// The dense form, for a product of `pass`.
+  virtual at::Tensor unpack(Pass pass) const = 0;
 };
 
 /// A tensor as a matrix.
 class DenseMatrix : public Matrix {
  public:
   explicit DenseMatrix(at::Tensor w_OI) : w_OI_(std::move(w_OI)) {}
-  at::Tensor dense_OI() const override { return w_OI_; }
 
  private:
+  at::Tensor unpack(Pass) const override { return w_OI_; }
+
   at::Tensor w_OI_;
 };
 

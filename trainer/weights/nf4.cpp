@@ -9,20 +9,39 @@ namespace {
 /// QLoRA's 4 bits a weight and an absmax for each 64, in 8 bits again with double_quant (methods 6.1 to 6.9).
 class Nf4Weight : public FrozenWeight {
  public:
-  Nf4Weight(ops::Nf4 weight, const FormatOptions& options, bool whole)
-      : weight_(weight.to(options.device)), options_(options), whole_(whole) {}
+  Nf4Weight(const ops::Nf4& weight, const FormatOptions& options, bool whole, WeightPlace place)
+      : options_(options), whole_(whole), place_(std::move(place)) {
+    keep(weight);
+  }
 
-  at::Tensor dense_OI() const override { return ops::nf4_dequantise(weight_, options_.dtype); }
   void replace(const at::Tensor& w_OI) override {
     if (!whole_) throw InternalError("nf4: a part of a weight was to be quantised without the rest of it");
-    weight_ = ops::nf4_quantise(w_OI.cpu(), options_.double_quant).to(options_.device);
+    keep(ops::nf4_quantise(w_OI.cpu(), options_.double_quant));
   }
-  int64_t bytes() const override { return weight_.bytes(); }
+  int64_t bytes() const override { return bytes_->device_bytes(); }
 
  private:
-  ops::Nf4 weight_;
+  void keep(const ops::Nf4& weight) {
+    form_ = weight.to(options_.device);
+    bytes_ =
+        place_.residency->keep(place_.order, {form_.codes, form_.absmax_RB, form_.nested_absmax, form_.nested_map});
+    form_.codes = form_.absmax_RB = form_.nested_absmax = form_.nested_map = at::Tensor();
+  }
+  at::Tensor unpack(Pass pass) const override {
+    ops::Nf4 weight = form_;
+    const auto stored = bytes_->on_device(pass);
+    weight.codes = stored[0];
+    weight.absmax_RB = stored[1];
+    weight.nested_absmax = stored[2];
+    weight.nested_map = stored[3];
+    return ops::nf4_dequantise(weight, options_.dtype);
+  }
+
   FormatOptions options_;
   bool whole_;
+  WeightPlace place_;
+  ops::Nf4 form_;  ///< without its tensors
+  std::unique_ptr<StoredBytes> bytes_;
 };
 
 /// As the files hold it, or quantised here.
@@ -40,10 +59,10 @@ ops::Nf4 full_weight(const FormatOptions& options, const StoredWeight& stored) {
 }  // namespace
 
 std::unique_ptr<FrozenWeight> make_nf4_weight(const FormatOptions& options, const StoredWeight& stored,
-                                              const Shard& shard) {
+                                              const Shard& shard, const WeightPlace& place) {
   ops::Nf4 weight = full_weight(options, stored);
   if (!shard.whole()) weight = ops::nf4_narrow(weight, shard.dim, shard.start, shard.block);
-  return std::make_unique<Nf4Weight>(std::move(weight), options, shard.whole());
+  return std::make_unique<Nf4Weight>(weight, options, shard.whole(), place);
 }
 
 }  // namespace corank

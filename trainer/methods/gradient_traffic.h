@@ -1,0 +1,45 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "comm/ledger.h"
+#include "trainer/layers/adapter.h"
+
+namespace corank {
+
+/// One linear as far as counts go; full sizes.
+struct LinearSize {
+  std::string name;
+  int64_t in = 0, out = 0;
+  bool row = false;  ///< row-parallel, else column-parallel
+  bool bias = false;
+  LinearRole role = LinearRole::attention_in;
+};
+
+/// Elements of gradient that one rank hands over: summed over dp x tp, and over dp (methods 10.8).
+struct GradientSizes {
+  int64_t everywhere = 0, data = 0;
+};
+
+/// What a method sends in a step, from formulas.
+class MethodTraffic {
+ public:
+  virtual ~MethodTraffic() = default;
+  /// True: the result is a model folder (full fine-tuning); false: a PEFT adapter folder.
+  virtual bool trains_base() const { return false; }
+  /// Under which purpose its gradients travel.
+  virtual Purpose gradient_purpose() const { return Purpose::adapter_gradients; }
+  /// Gradient of an adapted linear over `tensor` ranks (methods 11.1).
+  virtual GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const = 0;
+  /// Bytes of adapter_statistics that one rank hands over in step `step`.
+  virtual int64_t statistics_bytes(const std::vector<LinearSize>& /*adapted*/, int /*tensor*/, int /*data*/,
+                                   int64_t /*step*/) const {
+    return 0;
+  }
+};
+
+/// LoRA's factors: the one that the split does not touch is replicated.
+GradientSizes lora_gradient_sizes(const LinearSize& linear, int64_t rank, int tensor);
+
+}  // namespace corank

@@ -1,0 +1,38 @@
+#pragma once
+#include <ATen/ATen.h>
+
+#include <memory>
+#include <vector>
+
+namespace corank {
+
+/// What a product is made for. Forward passes ask for the weights in their order, backward passes in its reverse.
+enum class Pass { forward, backward };
+
+/// The stored tensors of one frozen weight, wherever they are between products. The weight owns it.
+class StoredBytes {
+ public:
+  virtual ~StoredBytes() = default;
+  /// The tensors on the run's device. They are the caller's until it lets go of them.
+  virtual std::vector<at::Tensor> on_device(Pass pass) const = 0;
+  /// Bytes that stay on the device between products.
+  virtual int64_t device_bytes() const = 0;
+};
+
+/// Where the bytes of frozen weights are. A format says how bytes become a product and knows nothing of this. Outlives
+/// the weights.
+class Residency {
+ public:
+  virtual ~Residency() = default;
+  /// Takes over a weight's tensors, which are on the run's device. `order`: its place in forward, from 0; weights of one
+  /// input share a number, and it comes again where a weight is made anew.
+  virtual std::unique_ptr<StoredBytes> keep(int64_t order, std::vector<at::Tensor> tensors) = 0;
+  /// Memory of [O, I] in which several weights of one input may lie one above the other, so that they can be one
+  /// product; undefined where weights come and go one by one.
+  virtual at::Tensor shared_room(at::IntArrayRef shape, const at::TensorOptions& options) = 0;
+};
+
+/// All weights stay on the device.
+std::shared_ptr<Residency> resident();
+
+}  // namespace corank
