@@ -368,7 +368,7 @@ TEST_P(InTurn, IsTwoRunsOfTheirOwnToTheBit) {
 INSTANTIATE_TEST_SUITE_P(Methods, InTurn,
                          testing::Values(std::pair{"lora", "dora"}, std::pair{"adalora", "mora"},
                                          std::pair{"lora", "lora"}),
-                         [](const auto& info) { return std::string(info.param.first) + "_" + info.param.second; });
+                         [](const auto& pair) { return std::string(pair.param.first) + "_" + pair.param.second; });
 
 }  // namespace
 }  // namespace corank::test
