@@ -25,6 +25,28 @@ at::Tensor scalar(int64_t value, const Communicator& comm) {
   return at::full({1}, value, at::TensorOptions(at::kLong).device(comm.device()));
 }
 
+/// The error of `code` by its own type, which is what callers catch.
+[[noreturn]] void throw_error(ExitCode code, const std::string& message) {
+  switch (code) {
+    case ExitCode::usage:
+      throw ConfigError(message);
+    case ExitCode::data:
+      throw InputError(message);
+    case ExitCode::missing:
+      throw MissingError(message);
+    case ExitCode::storage:
+      throw StorageError(message);
+    case ExitCode::stopped:
+      throw CommError(message);
+    case ExitCode::disagree:
+      throw DisagreeError(message);
+    case ExitCode::internal:
+      throw InternalError(message);
+    default:
+      throw Error(code, message);
+  }
+}
+
 }  // namespace
 
 std::string broadcast_text(Communicator& world, const std::string& text) {
@@ -53,7 +75,7 @@ void on_rank_0(Communicator& world, const std::function<void()>& work) {
   failure = broadcast_text(world, failure);
   if (failure.empty()) return;
   const size_t blank = failure.find(' ');
-  throw Error(static_cast<ExitCode>(std::stoi(failure.substr(0, blank))), failure.substr(blank + 1));
+  throw_error(static_cast<ExitCode>(std::stoi(failure.substr(0, blank))), failure.substr(blank + 1));
 }
 
 bool any_rank(Communicator& world, bool flag) {

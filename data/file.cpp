@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <openssl/evp.h>
-#include <spdlog/spdlog.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,43 +9,14 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <system_error>
-#include <utility>
 
 #include "configs/error.h"
-#include "configs/text.h"
 
 namespace corank {
 namespace {
 
 constexpr size_t kBlockBytes = size_t{1} << 20;
-constexpr int kTemporaryNames = 100;
-constexpr const char* kTemporaryEnd = ".tmp";
-
-std::string reason() { return std::generic_category().message(errno); }
-
-[[noreturn]] void fail_storage(const std::string& path, const std::string& what) {
-  throw StorageError(path + ": " + what + ": " + reason() + ". Check the free space, the permissions and the disk.");
-}
-
-/// <name>.<process id>-<i>.tmp, as AtomicFile makes it.
-bool is_temporary(const std::string& name) {
-  const std::string end = kTemporaryEnd;
-  if (!name.ends_with(end)) return false;
-  const std::string numbers = name.substr(0, name.size() - end.size());
-  const size_t dot = numbers.rfind('.'), dash = numbers.rfind('-');
-  const auto is_number = [](const std::string& text) {
-    return !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
-  };
-  return dot != std::string::npos && dot > 0 && dash != std::string::npos && dash > dot &&
-         is_number(numbers.substr(dot + 1, dash - dot - 1)) && is_number(numbers.substr(dash + 1));
-}
-
-std::string folder_of(const std::string& path) {
-  const std::string folder = std::filesystem::path(path).parent_path().string();
-  return folder.empty() ? "." : folder;
-}
 
 /// An open file descriptor for reading.
 class Input {
@@ -76,6 +46,8 @@ class Input {
   }
 
  private:
+  static std::string reason() { return std::generic_category().message(errno); }
+
   std::string path_;
   int fd_;
   int64_t size_ = 0;
@@ -112,10 +84,8 @@ std::string sha256(std::string_view bytes) {
 }
 
 std::string sha256_of_file(const std::string& path) {
-  Input input(path);
   Sha256 hash;
-  std::string block(kBlockBytes, '\0');
-  while (const size_t count = input.read(block.data(), block.size())) hash.update({block.data(), count});
+  read_blocks(path, [&](std::string_view block) { hash.update(block); });
   return hash.hex();
 }
 
@@ -137,121 +107,10 @@ std::string read_file(const std::string& path, int64_t limit) {
   return bytes;
 }
 
-std::string write_file_atomically(const std::string& path, std::string_view bytes) {
-  AtomicFile file(path);
-  file.write(bytes);
-  return file.commit();
-}
-
-std::string copy_file_atomically(const std::string& from, const std::string& to) {
-  Input input(from);
-  AtomicFile file(to);
+void read_blocks(const std::string& path, const std::function<void(std::string_view block)>& take) {
+  Input input(path);
   std::string block(kBlockBytes, '\0');
-  while (const size_t count = input.read(block.data(), block.size())) file.write({block.data(), count});
-  return file.commit();
-}
-
-AtomicFile::AtomicFile(const std::string& path) : path_(path) {
-  struct stat status {};
-  if (::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
-    throw StorageError(path + ": exists and is no regular file, so it is not replaced. Choose another path.");
-  }
-  // A process that was killed may have left its name behind, and process ids come again.
-  for (int i = 0; i < kTemporaryNames && fd_ < 0; ++i) {
-    temporary_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(i) + kTemporaryEnd;
-    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
-    if (fd_ < 0 && errno != EEXIST) break;
-  }
-  if (fd_ < 0) fail_storage(temporary_, "cannot be created");
-}
-
-AtomicFile::~AtomicFile() {
-  if (fd_ >= 0) ::close(fd_);
-  if (!temporary_.empty() && ::unlink(temporary_.c_str()) != 0) {
-    spdlog::warn("{}: left behind, it cannot be removed: {}", printable(temporary_), reason());
-  }
-}
-
-void AtomicFile::write(std::string_view bytes) {
-  if (fd_ < 0) throw InternalError(path_ + ": written after commit.");
-  hash_.update(bytes);
-  while (!bytes.empty()) {
-    const ssize_t count = ::write(fd_, bytes.data(), bytes.size());
-    if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) fail_storage(temporary_, "cannot be written (" + std::to_string(bytes.size()) + " bytes to go)");
-    bytes.remove_prefix(static_cast<size_t>(count));
-  }
-}
-
-std::string AtomicFile::commit() {
-  if (fd_ < 0) throw InternalError(path_ + ": committed twice.");
-  if (::fsync(fd_) != 0) fail_storage(temporary_, "cannot be flushed to the disk");
-  if (::close(std::exchange(fd_, -1)) != 0) fail_storage(temporary_, "cannot be closed");
-  const std::string digest = hash_.hex();
-  if (sha256_of_file(temporary_) != digest) {
-    throw StorageError(path_ +
-                       ": reads back other bytes than were written; an older file stays as it is. "
-                       "Check the disk.");
-  }
-  if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail_storage(path_, "cannot be renamed from " + temporary_);
-  temporary_.clear();
-  sync_folder(folder_of(path_));
-  return digest;
-}
-
-void remove_temporaries(const std::string& folder) {
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    const bool is_file = std::filesystem::is_regular_file(entry.symlink_status());
-    if (is_file && is_temporary(entry.path().filename().string())) std::filesystem::remove(entry.path());
-  }
-}
-
-void make_folders(const std::string& path) {
-  std::error_code error;
-  std::filesystem::create_directories(path, error);
-  if (!error && !std::filesystem::is_directory(path, error) && !error) {
-    error = std::make_error_code(std::errc::not_a_directory);
-  }
-  if (error) {
-    throw StorageError(path + ": the folder cannot be made: " + error.message() + ". Check the path and permissions.");
-  }
-}
-
-void sync_folder(const std::string& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) fail_storage(path, "the folder cannot be opened");
-  const int result = ::fsync(fd);
-  const int error = errno;
-  ::close(fd);
-  errno = error;
-  if (result != 0) fail_storage(path, "the folder cannot be flushed to the disk");
-}
-
-AtomicFolder::AtomicFolder(const std::string& path) {
-  namespace fs = std::filesystem;
-  const fs::path place = fs::absolute(path).lexically_normal();
-  path_ = (place.has_filename() ? place : place.parent_path()).string();
-  partial_ = path_ + ".partial";
-  make_folders(partial_);
-  lock_ = std::make_unique<FolderLock>(partial_);
-  for (const auto& entry : fs::directory_iterator(partial_)) {
-    if (!entry.is_regular_file()) {
-      throw StorageError(entry.path().string() + ": stands where " + path_ + " is to be prepared. Remove it.");
-    }
-    fs::remove(entry.path());
-  }
-}
-
-AtomicFolder::~AtomicFolder() {
-  std::error_code ignored;
-  if (lock_) std::filesystem::remove_all(partial_, ignored);
-}
-
-void AtomicFolder::commit() {
-  sync_folder(partial_);
-  if (::rename(partial_.c_str(), path_.c_str()) != 0) fail_storage(path_, "cannot be renamed from " + partial_);
-  sync_folder(folder_of(path_));
-  lock_ = nullptr;
+  while (const size_t count = input.read(block.data(), block.size())) take({block.data(), count});
 }
 
 FolderLock::FolderLock(const std::string& folder) : fd_(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {

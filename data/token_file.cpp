@@ -198,8 +198,7 @@ void TokenFile::validate(int64_t vocab_size) const {
   }
 }
 
-void write_token_file(const std::string& path, const std::vector<Sample>& samples, int64_t vocab_size,
-                      const std::string& source) {
+std::string token_file_image(const std::vector<Sample>& samples, int64_t vocab_size, const std::string& source) {
   std::vector<at::Tensor> tokens{at::empty({0}, at::kInt)}, masks{at::empty({0}, at::kByte)};
   at::Tensor offsets = at::zeros({static_cast<int64_t>(samples.size()) + 1}, at::kLong);
   int64_t* offset = offsets.mutable_data_ptr<int64_t>();
@@ -218,7 +217,7 @@ void write_token_file(const std::string& path, const std::vector<Sample>& sample
   writer.attribute("tokenizer", "none");
   writer.attribute("source", source);
   writer.attribute("created", utc_now());
-  write_file_atomically(path, writer.finish());
+  return writer.finish();
 }
 
 }  // namespace corank

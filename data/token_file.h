@@ -57,8 +57,7 @@ class TokenFile {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Writes a token file (tests, random benchmark data); data/prepare writes the same from text. StorageError.
-void write_token_file(const std::string& path, const std::vector<Sample>& samples, int64_t vocab_size,
-                      const std::string& source);
+/// The image of a token file (tests); data/prepare writes the same from text.
+std::string token_file_image(const std::vector<Sample>& samples, int64_t vocab_size, const std::string& source);
 
 }  // namespace corank

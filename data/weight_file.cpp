@@ -10,6 +10,7 @@
 #include "configs/text.h"
 #include "data/file.h"
 #include "data/json_object.h"
+#include "data/storage.h"
 #include "data/strict_json.h"
 
 namespace corank {
@@ -168,7 +169,7 @@ int64_t WeightFile::bytes_read() const {
   return sum;
 }
 
-void copy_companions(const std::string& from, const std::string& to) {
+void copy_companions(Storage& storage, const std::string& from, const std::string& to) {
   const std::vector<fs::path> roots = companion_roots(from);
   for (const auto& entry : fs::directory_iterator(from)) {
     const std::string name = entry.path().filename().string();
@@ -178,7 +179,7 @@ void copy_companions(const std::string& from, const std::string& to) {
     if (!entry.is_regular_file(error) || weights || name == "config.json" || name == "adapter_config.json") continue;
     const fs::path target = fs::canonical(entry.path());
     if (std::any_of(roots.begin(), roots.end(), [&](const fs::path& root) { return lies_in(root, target); })) {
-      copy_file_atomically(target.string(), to + "/" + name);
+      storage.copy_file(target.string(), to + "/" + name);
     } else {
       spdlog::warn("{}: {} is a symbolic link out of the model folder, so it is not copied. Copy the file itself.",
                    printable(from), shown_key(name));

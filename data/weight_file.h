@@ -11,6 +11,8 @@
 
 namespace corank {
 
+class Storage;
+
 /// The named tensors of a Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its shards.
 /// Loads lazily; each rank reads only the byte ranges it asks for. Not thread-safe.
 class WeightFile {
@@ -53,6 +55,6 @@ inline constexpr const char* kWeightIndex = "model.safetensors.index.json";
 /// atomically and in pieces. Weights of any format and an adapter's configuration stay behind: they would not be those
 /// of `to`. So does what is no regular file, and a symbolic link whose target lies neither in the folder nor in the
 /// blobs of the Hugging Face cache that it is a snapshot of; the log names it.
-void copy_companions(const std::string& from, const std::string& to);
+void copy_companions(Storage& storage, const std::string& from, const std::string& to);
 
 }  // namespace corank

@@ -6,7 +6,6 @@
 #include <string_view>
 
 #include "launch/console.h"
-#include "launch/results.h"
 
 namespace corank {
 namespace {
@@ -22,14 +21,14 @@ int64_t at_or_zero(const std::map<Purpose, int64_t>& bytes, Purpose purpose) {
   return found == bytes.end() ? 0 : found->second;
 }
 
-}  // namespace
-
-std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig& adapter,
-                                           const std::vector<BatchSize>& micro_batches) {
-  const Mesh& mesh = session.mesh();
-  const int64_t element = session.run().model.dtype == at::kFloat ? 4 : 2;
-  return predict_step_bytes(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
-                            static_cast<int>(element), session.run().model.checkpointing, micro_batches);
+/// Counted on this rank, the mean of this start's steps; empty without one.
+std::map<Purpose, int64_t> bytes_a_step(const EndRecord& end) {
+  std::map<Purpose, int64_t> bytes;
+  if (end.step == end.first_step) return bytes;
+  for (const Purpose purpose : kStepPurposes) {
+    bytes[purpose] = end.bytes[static_cast<size_t>(purpose)].payload_bytes / (end.step - end.first_step);
+  }
+  return bytes;
 }
 
 /// As a shell takes it for one word.
@@ -41,6 +40,16 @@ std::string quoted(const std::string& path) {
   std::string word = "'";
   for (const char c : path) word += c == '\'' ? std::string("'\\''") : std::string(1, c);
   return word + "'";
+}
+
+}  // namespace
+
+std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig& adapter,
+                                           const std::vector<BatchSize>& micro_batches) {
+  const Mesh& mesh = session.mesh();
+  const int64_t element = session.run().model.dtype == at::kFloat ? 4 : 2;
+  return predict_step_bytes(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
+                            static_cast<int>(element), session.run().model.checkpointing, micro_batches);
 }
 
 std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Purpose, int64_t>& full) {
@@ -55,10 +64,10 @@ std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Pu
   return text;
 }
 
-std::string closing_text(Session& session, const std::map<Purpose, int64_t>& counted) {
+std::string closing_text(Session& session, const EndRecord& end) {
   const RunConfig& run = session.run();
-  std::string text =
-      fmt::format("{}: {}\n", session.method().trains_base() ? "model" : "adapter", result_path(session));
+  const std::map<Purpose, int64_t> counted = bytes_a_step(end);
+  std::string text = fmt::format("{}: {}\n", session.method().trains_base() ? "model" : "adapter", end.result);
   if (session.mesh().world().size() > 1 && !counted.empty()) {
     // What does not depend on the method was counted; the gradients of full fine-tuning are predicted.
     std::map<Purpose, int64_t> full = counted;
@@ -68,7 +77,7 @@ std::string closing_text(Session& session, const std::map<Purpose, int64_t>& cou
     full[Purpose::weight_gradients] = at_or_zero(predicted_bytes(session, method, {}), Purpose::weight_gradients);
     text += bytes_table(counted, full) + "\n";
   }
-  const std::string resolved = quoted(run.output_dir + "/run.yaml"), result = quoted(result_path(session));
+  const std::string resolved = quoted(run.output_dir + "/run.yaml"), result = quoted(end.result);
   const char* shape = run.model.path.empty() ? "model.shape=null " : "";
   if (session.method().trains_base()) return text + fmt::format("use it: {} {}model.path={}", resolved, shape, result);
   if (run.model.path.empty()) return text + fmt::format("use it: {} adapter.path={}", resolved, result);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "launch/session.h"
+#include "trainer/run/observer.h"
 #include "trainer/run/traffic.h"
 
 namespace corank {
@@ -20,6 +21,6 @@ std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig
 /// A table of bytes a step by purpose, this run beside full fine-tuning with the same layout.
 std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Purpose, int64_t>& full);
 /// The last lines of `train`: where the result is, the table, how to use the result.
-std::string closing_text(Session& session, const std::map<Purpose, int64_t>& counted);
+std::string closing_text(Session& session, const EndRecord& end);
 
 }  // namespace corank

@@ -7,26 +7,54 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/text.h"
+#include "launch/bytes_table.h"
 
 namespace corank {
 
-Console::Console(bool leader, bool json)
-    : leader_(leader), out_(json ? stderr : stdout), bar_(isatty(STDERR_FILENO) == 1) {}
+Console::Console(Session& session, bool json)
+    : session_(session), out_(json ? stderr : stdout), bar_(isatty(STDERR_FILENO) == 1) {}
 
 void Console::say(const std::string& text) {
-  if (!leader_) return;
   if (bar_) fmt::print(stderr, "\r\033[K");
   fmt::print(out_, "{}\n", printable_lines(text));
   std::fflush(out_);
 }
 
+void Console::on_start(const StartRecord& record) {
+  for (const std::string& remark : record.remarks) say(remark);
+  introduce(record);
+  say(fmt::format("bytes a step: {} of gradients from each rank", human_bytes(record.gradient_bytes)));
+}
+
+void Console::on_resume(const ResumeRecord& record) {
+  for (const std::string& damaged : record.passed_over) say("passed over " + damaged);
+  if (!record.from.empty()) {
+    say(fmt::format("resuming from {} after step {}", record.from, record.step));
+  } else if (!record.passed_over.empty()) {
+    say("no checkpoint was ever completed: starting at step 0");
+  }
+  for (const std::string& line : record.set_aside) say(line);
+}
+
 void Console::on_step(const StepRecord& r) {
+  if (!r.logged) return;
   say(fmt::format(
       "step {:>{}}/{}  loss {:.4f}  grad_norm {:.4f}  lr {:.3e}  {:.0f} tokens/s  {:.2f} s{}", r.step,
       std::to_string(r.max_steps).size(), r.max_steps, r.loss, r.grad_norm, r.learning_rate, r.tokens_per_second,
       r.step_seconds,
       r.eval_loss ? fmt::format("  eval_loss {:.4f}  eval_accuracy {:.4f}", *r.eval_loss, *r.eval_accuracy) : ""));
-  if (bar_ && leader_) draw_bar(r);
+  if (bar_) draw_bar(r);
+}
+
+void Console::on_end(const EndRecord& record) {
+  if (record.step < record.max_steps) {
+    say(fmt::format("stopped after step {} and saved: start the same command again to go on", record.step));
+    return;
+  }
+  if (record.first_step == record.max_steps) {
+    say(fmt::format("already complete after step {}: nothing was left to train", record.max_steps));
+  }
+  say(closing_text(session_, record));
 }
 
 void Console::draw_bar(const StepRecord& r) {
@@ -39,23 +67,43 @@ void Console::draw_bar(const StepRecord& r) {
   std::fflush(stderr);
 }
 
-void Console::introduce(Session& session, const World& world, int threads) {
-  const RunConfig& run = session.run();
-  const int64_t trainable = session.store().num_parameters();
-  const int64_t all = num_base_parameters(session.model()) + (session.method().trains_base() ? 0 : trainable);
-  say(fmt::format("trainable params: {} || all params: {} || trainable%: {:.4f}", grouped(trainable), grouped(all),
-                  100.0 * static_cast<double>(trainable) / static_cast<double>(all)));
-  const int dp = session.mesh().dp().size(), tp = session.mesh().tp().size();
-  const int64_t micro = run.train.micro_batch_size, global = run.train.global_batch_size;
-  say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {} dp x {} accumulation x {} micro-batch", world.size(),
-                  dp, tp, global, dp, global / (dp * micro), micro));
-  say(fmt::format("backend {}, {} on {}, {} thread{} a rank ({} rank{} on this host)", run.parallel.backend,
-                  run.model.dtype == at::kFloat ? "float32" : "bfloat16", session.mesh().device().str(), threads,
-                  threads == 1 ? "" : "s", world.local_size(), world.local_size() == 1 ? "" : "s"));
-  const int64_t base = base_bytes(session.model()), local = session.store().num_local();
-  const int64_t state = local * 4 * 4;  // masters, gradients, two moments, float32
+void Console::introduce(const StartRecord& r) {
+  say(fmt::format("trainable params: {} || all params: {} || trainable%: {:.4f}", grouped(r.trainable_parameters),
+                  grouped(r.all_parameters),
+                  100.0 * static_cast<double>(r.trainable_parameters) / static_cast<double>(r.all_parameters)));
+  const int dp = r.data_parallel;
+  const int64_t micro = r.micro_batch_size, global = r.global_batch_size;
+  say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {} dp x {} accumulation x {} micro-batch", r.ranks, dp,
+                  r.tensor_parallel, global, dp, global / (dp * micro), micro));
+  say(fmt::format("backend {}, {} on {}, {} thread{} a rank ({} rank{} on this host)", r.backend, r.dtype, r.device,
+                  r.threads, r.threads == 1 ? "" : "s", r.ranks_on_host, r.ranks_on_host == 1 ? "" : "s"));
   say(fmt::format("memory a rank: frozen and trained weights {}, adapter with gradients and moments {}",
-                  human_bytes(base), human_bytes(state)));
+                  human_bytes(r.base_bytes), human_bytes(r.training_bytes)));
+}
+
+StartRecord start_record(Session& session, const World& world, int threads) {
+  const RunConfig& run = session.run();
+  const Mesh& mesh = session.mesh();
+  const auto bytes = predicted_bytes(session, run.adapter, {});
+  const auto gradients = bytes.find(session.method().gradient_purpose());
+  StartRecord r;
+  r.trainable_parameters = session.store().num_parameters();
+  r.all_parameters =
+      num_base_parameters(session.model()) + (session.method().trains_base() ? 0 : r.trainable_parameters);
+  r.ranks = world.size();
+  r.data_parallel = mesh.dp().size();
+  r.tensor_parallel = mesh.tp().size();
+  r.ranks_on_host = world.local_size();
+  r.threads = threads;
+  r.global_batch_size = run.train.global_batch_size;
+  r.micro_batch_size = run.train.micro_batch_size;
+  r.backend = run.parallel.backend;
+  r.dtype = run.model.dtype == at::kFloat ? "float32" : "bfloat16";
+  r.device = mesh.device().str();
+  r.base_bytes = base_bytes(session.model());
+  r.training_bytes = session.store().num_local() * 4 * 4;  // masters, gradients, two moments, float32
+  r.gradient_bytes = gradients == bytes.end() ? 0 : gradients->second;
+  return r;
 }
 
 std::vector<std::string> sample_remarks(const TokenFile& file, const SamplerOptions& options) {

@@ -1,32 +1,36 @@
 #pragma once
 #include <cstdio>
-#include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "launch/session.h"
-#include "trainer/run/metrics.h"
+#include "trainer/run/observer.h"
 
 namespace corank {
 
-/// What a run prints. Only rank 0 prints to standard output; with --json text goes to standard error.
+/// What a run prints: to standard output, with --json to standard error. Borrows the session.
 class Console : public Observer {
  public:
-  Console(bool leader, bool json);
-  void say(const std::string& text);
+  Console(Session& session, bool json);
+  void on_start(const StartRecord& record) override;
+  void on_resume(const ResumeRecord& record) override;
   void on_step(const StepRecord& record) override;
-  /// The first lines of a run: trainable parameters as PEFT counts them, the batch's product, threads, memory.
-  void introduce(Session& session, const World& world, int threads);
+  void on_end(const EndRecord& record) override;
+  /// Trainable parameters as PEFT counts them, the batch's product, threads, memory.
+  void introduce(const StartRecord& record);
 
  private:
+  void say(const std::string& text);
   void draw_bar(const StepRecord& record);
 
-  bool leader_;
+  Session& session_;
   std::FILE* out_;
   bool bar_;
   double seconds_per_step_ = 0;
 };
 
+/// What there is to say of a run before it starts, but for remarks on its data.
+StartRecord start_record(Session& session, const World& world, int threads);
 /// How many samples of a token file are left out of a pass over it and how many are cut, a line each; none where all
 /// are whole.
 std::vector<std::string> sample_remarks(const TokenFile& file, const SamplerOptions& options);

@@ -4,6 +4,7 @@
 
 #include <filesystem>
 
+#include "data/storage.h"
 #include "tests/golden_case.h"
 #include "trainer/files/check_adapter.h"
 #include "trainer/files/combine.h"
@@ -227,7 +228,8 @@ TEST(PlainLora, ModulesWithoutRanksAreLeftOutAndTheRestNamedInFull) {
     const PlainLora plain = to_plain_lora(file, {});
     EXPECT_EQ(plain.file.config.r, 4);
     const TemporaryFolder folder;
-    write_peft_folder(folder.path("plain"), plain.file);
+    DiskStorage disk;
+    write_peft_folder(disk, folder.path("plain"), plain.file);
     const SavedAdapter back = read_adapter(folder.path("plain"));
     std::vector<std::string> named = back.config.target_modules.names, kept = adapted_modules(back);
     std::sort(named.begin(), named.end());
@@ -553,15 +555,15 @@ void write_changed(const std::string& folder, const std::string& to, const json&
                    const NamedTensors& more = {}) {
   json config = json::parse(read_file(golden(folder + "/adapter_config.json")));
   config.update(changes);
-  make_folders(to);
-  write_file_atomically(to + "/adapter_config.json", config.dump());
+  DiskStorage().make_folders(to);
+  DiskStorage().write_file(to + "/adapter_config.json", config.dump());
   const SafetensorsFile file(golden(folder + "/adapter_model.safetensors"));
   std::vector<std::pair<std::string, at::Tensor>> tensors;
   for (const auto& entry : file.tensors()) {
     if (entry.first.find(without) == std::string::npos) tensors.emplace_back(entry.first, file.read(entry.first));
   }
   tensors.insert(tensors.end(), more.begin(), more.end());
-  write_file_atomically(to + "/adapter_model.safetensors", safetensors_image(tensors));
+  DiskStorage().write_file(to + "/adapter_model.safetensors", safetensors_image(tensors));
 }
 
 TEST(PeftFields, LayersToTransformIsResolved) {
@@ -587,7 +589,7 @@ TEST(PeftFields, ShardsAreRefused) {
   write_changed("methods/combine/first", folder.path("a"), json::object(), "nothing");
   std::filesystem::rename(folder.path("a/adapter_model.safetensors"),
                           folder.path("a/adapter_model-00001-of-00001.safetensors"));
-  write_file_atomically(folder.path("a/adapter_model.safetensors.index.json"), "{}");
+  DiskStorage().write_file(folder.path("a/adapter_model.safetensors.index.json"), "{}");
   expect_refused<InputError>([&] { read_adapter(folder.path("a")); }, {"several files", "save_pretrained"});
 }
 
@@ -606,7 +608,7 @@ TEST(PeftTensors, HalfPrecisionGoesThroughAFileOfOurs) {
   SavedAdapter file = combine_input("first");
   for (auto& [name, tensor] : file.tensors) tensor = tensor.to(at::kBFloat16);
   const TemporaryFolder folder;
-  write_file_atomically(folder.path("a.h5"), adapter_h5_image(file));
+  DiskStorage().write_file(folder.path("a.h5"), adapter_h5_image(file));
   const SavedAdapter back = read_adapter(folder.path("a.h5"));
   ASSERT_EQ(back.tensors.size(), file.tensors.size());
   const std::map<std::string, at::Tensor> tensors(back.tensors.begin(), back.tensors.end());
@@ -688,9 +690,9 @@ TEST(SavedAlong, OtherValuesTakeThePlaceOfTheBases) {
     weights.emplace_back(name, tensor);
   }
   const TemporaryFolder folder;
-  make_folders(folder.path("model"));
+  DiskStorage().make_folders(folder.path("model"));
   std::filesystem::copy(llama().path + "/config.json", folder.path("model/config.json"));
-  write_file_atomically(folder.path("model/model.safetensors"), safetensors_image(weights));
+  DiskStorage().write_file(folder.path("model/model.safetensors"), safetensors_image(weights));
   ModelOptions other = llama();
   other.path = folder.path("model");
   const SavedAdapter plain = combine_input("first"), file = placed(with_along("methods/combine/first", along), llama());
@@ -757,8 +759,9 @@ TEST(SavedAlong, StaysBesideTheAdapterInFilesAndIsNotCombined) {
   const at::Tensor head = WeightFile(llama().path).read("lm_head.weight");
   const SavedAdapter file = with_along("methods/combine/first", {{kHead, head}});
   const TemporaryFolder folder;
-  write_file_atomically(folder.path("a.h5"), adapter_h5_image(file));
-  write_peft_folder(folder.path("b"), read_adapter(folder.path("a.h5")));
+  DiskStorage disk;
+  disk.write_file(folder.path("a.h5"), adapter_h5_image(file));
+  write_peft_folder(disk, folder.path("b"), read_adapter(folder.path("a.h5")));
   const SavedAdapter back = read_adapter(folder.path("b"));
   EXPECT_EQ(saved_along(back), std::vector<std::string>{"lm_head"});
   EXPECT_TRUE(back.config.modules_to_save.empty());

@@ -10,6 +10,7 @@
 #include "configs/error.h"
 #include "data/file.h"
 #include "data/h5.h"
+#include "data/storage.h"
 #include "tests/support.h"
 
 namespace corank::test {
@@ -30,13 +31,13 @@ class CheckpointFolder : public testing::Test {
     h5::Writer state;
     state.attribute("step", state_step);
     state.attribute("identity", state_identity);
-    make_folders(place);
+    disk_.make_folders(place);
     Manifest manifest{step, identity, {}};
     for (const auto& [name, bytes] : {std::pair{"adapter.h5", std::string("weights")}, {"state.h5", state.finish()}}) {
-      write_file_atomically(place + "/" + name, bytes);
+      disk_.write_file(place + "/" + name, bytes);
       manifest.files.push_back({name, static_cast<int64_t>(bytes.size()), sha256(bytes)});
     }
-    write_file_atomically(place + "/manifest.json", manifest_json(manifest, "a model", {{"torch", "2"}}));
+    disk_.write_file(place + "/manifest.json", manifest_json(manifest, "a model", {{"torch", "2"}}));
   }
 
   std::set<std::string> names(const std::string& within = "") const {
@@ -62,6 +63,7 @@ class CheckpointFolder : public testing::Test {
   }
 
   const TemporaryFolder folder_;
+  DiskStorage disk_;
   std::vector<std::string> passed_over_;
 };
 
@@ -153,7 +155,7 @@ TEST_F(CheckpointFolder, HostileManifestsArePassedOver) {
   for (const std::string& text : bad) {
     std::ofstream(file, std::ios::binary) << text;
     EXPECT_EQ(newest(), path(5)) << text.substr(0, 200);
-    prune_checkpoints(folder_.path(), "mine", {1}, 5);
+    prune_checkpoints(disk_, folder_.path(), "mine", {1}, 5);
     EXPECT_TRUE(fs::exists(path(5)));
   }
   fs::remove(file);
@@ -168,7 +170,7 @@ TEST_F(CheckpointFolder, PruningCountsWholeCheckpointsOfThisRunAlone) {
   std::ofstream(path(8) + "/state.h5") << "cut";
   fs::create_directory(folder_.path("checkpoint-010"));
   fs::create_directory(folder_.path("set-aside"));
-  prune_checkpoints(folder_.path(), "mine",
+  prune_checkpoints(disk_, folder_.path(), "mine",
                     {2, folder_.path() + "/../" + fs::path(folder_.path()).filename().string() + "/checkpoint-2/"}, 6);
   EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-2", "checkpoint-5", "checkpoint-6", "checkpoint-7",
                                             "checkpoint-8", "checkpoint-9", "checkpoint-010", "set-aside"}));
@@ -176,16 +178,16 @@ TEST_F(CheckpointFolder, PruningCountsWholeCheckpointsOfThisRunAlone) {
 
 TEST_F(CheckpointFolder, WhatWasJustWrittenStaysWhateverElseIsThere) {
   for (const int64_t step : {5, 6, 100}) make(step);
-  prune_checkpoints(folder_.path(), "mine", {1}, 6);
+  prune_checkpoints(disk_, folder_.path(), "mine", {1}, 6);
   EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-6", "checkpoint-100"}));
 }
 
 TEST_F(CheckpointFolder, AResumedCheckpointIsNotPrunedByAnotherNameOfIt) {
   for (const int64_t step : {1, 2, 3}) make(step);
   fs::create_directory_symlink(folder_.path(), folder_.path("link"));
-  prune_checkpoints(folder_.path("link"), "mine", {1, path(1)}, 3);
+  prune_checkpoints(disk_, folder_.path("link"), "mine", {1, path(1)}, 3);
   EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-1", "checkpoint-3", "link"}));
-  prune_checkpoints(folder_.path(), "mine", {1, folder_.path("link/checkpoint-1")}, 3);
+  prune_checkpoints(disk_, folder_.path(), "mine", {1, folder_.path("link/checkpoint-1")}, 3);
   EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-1", "checkpoint-3", "link"}));
 }
 
@@ -194,13 +196,13 @@ TEST_F(CheckpointFolder, WhatLiesAheadIsSetAsideByName) {
   std::ofstream(path(30) + "/state.h5") << "damaged, and perhaps of use";
   make(40);
   fs::remove(path(40) + "/manifest.json");
-  const std::vector<std::string> lines = set_aside_beyond(folder_.path(), 10);
+  const std::vector<std::string> lines = set_aside_beyond(disk_, folder_.path(), 10);
   ASSERT_EQ(lines.size(), 2u);
   const std::string aside = folder_.path("set-aside/checkpoint-");
   EXPECT_EQ(lines[0], path(30) + " lies ahead of step 10: set aside as " + aside + "30");
   EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-10", "checkpoint-40", "set-aside"}));
   make(20);  // reached again
-  set_aside_beyond(folder_.path(), 0);
+  set_aside_beyond(disk_, folder_.path(), 0);
   EXPECT_EQ(names(), (std::set<std::string>{"checkpoint-40", "set-aside"}));
   EXPECT_EQ(names("set-aside"),
             (std::set<std::string>{"checkpoint-10", "checkpoint-20", "checkpoint-20.2", "checkpoint-30"}));
@@ -212,10 +214,10 @@ TEST_F(CheckpointFolder, WhatLiesAheadIsSetAsideByName) {
 TEST_F(CheckpointFolder, TheSameStepIsWrittenAgain) {
   make(5);
   fs::remove(path(5) + "/manifest.json");
-  EXPECT_EQ(free_checkpoint_path(folder_.path(), 5), path(5));
+  EXPECT_EQ(free_checkpoint_path(disk_, folder_.path(), 5), path(5));
   EXPECT_EQ(names(), std::set<std::string>{});
   make(5);
-  free_checkpoint_path(folder_.path(), 5);
+  free_checkpoint_path(disk_, folder_.path(), 5);
   EXPECT_EQ(names("set-aside"), std::set<std::string>{"checkpoint-5"});
 }
 
@@ -226,7 +228,7 @@ TEST_F(CheckpointFolder, LeftoversOfInterruptedWritesAreRemoved) {
                            "pruned-checkpoint-3/state.h5", "mine/notes.17-0.tmp", "notes.tmp"}) {
     std::ofstream(folder_.path(file)) << "left";
   }
-  remove_leftovers(folder_.path());
+  remove_leftovers(disk_, folder_.path());
   EXPECT_EQ(names(), (std::set<std::string>{"adapter", "checkpoint-5", "mine", "notes.tmp"}));
   EXPECT_TRUE(fs::is_empty(folder_.path("adapter")));
   EXPECT_TRUE(fs::exists(folder_.path("mine/notes.17-0.tmp")));

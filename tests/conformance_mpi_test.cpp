@@ -1,3 +1,4 @@
+#include "data/storage.h"
 #include "tests/conformance.h"
 #include "trainer/files/adapter_file.h"
 #include "trainer/methods/merge_config.h"
@@ -96,8 +97,9 @@ Weights state_of(TinyRun& run) {
   return all;
 }
 
-Checkpoints checkpoints_of(TinyRun& run, const std::string& folder) {
-  return {folder, {"same run", run.method->config(), "tiny"}, {1}, run.mesh, run.store, *run.optimizer, *run.method};
+Checkpoints checkpoints_of(TinyRun& run, DiskStorage& disk, const std::string& folder) {
+  return {disk,           folder,     {"same run", run.method->config(), "tiny"}, {1}, run.mesh, run.store,
+          *run.optimizer, *run.method};
 }
 
 /// Full fine-tuning leaves no folder of an adapter; that of PiSSA is one on W, which is quantised otherwise than
@@ -109,7 +111,8 @@ bool folder_is_exact(const Combination& c) {
 /// Collective over the world. The folder that PEFT gets of `run`, read back.
 SavedAdapter written_and_read(const TinyRun& run, const Combination& c, const std::string& folder) {
   const SavedAdapter collected = collect_adapter(run.store, *run.method, {"", c.config(), ""}, run.mesh.tp());
-  if (test_world().rank() == 0) write_peft_folder(folder, collected);
+  DiskStorage disk;
+  if (test_world().rank() == 0) write_peft_folder(disk, folder, collected);
   MPI_Barrier(test_world().comm());
   return read_adapter(folder);
 }
@@ -120,8 +123,9 @@ TEST_P(Runs, WhatIsSavedGoesOnInAnotherLayout) {
   const int split = tensor_sizes().back(), other = std::max(1, split / 2);
   TinyRun saved(&test_world(), split, c), resumed(&test_world(), other, c);
   losses_of(saved, 2);
-  checkpoints_of(saved, folder.path()).save({2, saved.batches.state()});
-  Checkpoints checkpoints = checkpoints_of(resumed, folder.path());
+  DiskStorage disk;
+  checkpoints_of(saved, disk, folder.path()).save({2, saved.batches.state()});
+  Checkpoints checkpoints = checkpoints_of(resumed, disk, folder.path());
   resumed.batches.restore(checkpoints.load(*checkpoints.newest()).loader);
   EXPECT_EQ(names_where(/*equal=*/false, state_of(saved), state_of(resumed)), std::vector<std::string>{});
 

@@ -3,6 +3,7 @@
 
 #include <fstream>
 
+#include "data/storage.h"
 #include "data/weight_file.h"
 #include "tests/golden_case.h"
 #include "trainer/files/adapter_file.h"
@@ -420,8 +421,8 @@ TEST(Gpt2, AFolderOfTheBareModelIsTheSameModel) {
   for (const char* layer : {"h.0", "h.1"}) {
     tensors.emplace_back(std::string(layer) + ".attn.bias", at::ones({1, 1, 64, 64}).tril());
   }
-  write_file_atomically(folder.path("model.safetensors"), safetensors_image(tensors));
-  write_file_atomically(folder.path("config.json"), read_file(gpt2.path("model/config.json")));
+  DiskStorage().write_file(folder.path("model.safetensors"), safetensors_image(tensors));
+  DiskStorage().write_file(folder.path("config.json"), read_file(gpt2.path("model/config.json")));
   Ledger ledger;
   const auto solo = make_solo_communicator(at::kCPU, ledger);
   const auto bare = load_model(model_at(folder.path()), *solo), whole = load_model(model_at(gpt2.path("model")), *solo);

@@ -11,7 +11,7 @@
 #include <thread>
 
 #include "configs/error.h"
-#include "data/file.h"
+#include "data/storage.h"
 
 /// HDF5 1.10 leaks when it refuses a damaged file, which these tests make it do thousands of times.
 extern "C" const char* __lsan_default_suppressions() { return "leak:libhdf5"; }
@@ -67,7 +67,7 @@ void expect_same(const Reader& reader, const Tensors& tensors) {
 TEST(H5, RoundTripInMemoryAndOnDisk) {
   const std::string image = image_of(samples());
   const std::string path = temporary("roundtrip.h5");
-  write_file_atomically(path, image);
+  DiskStorage().write_file(path, image);
   const Reader from_memory(image, "image");
   const Reader from_disk(path);
   for (const Reader* reader : {&from_memory, &from_disk}) {

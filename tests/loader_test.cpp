@@ -9,6 +9,7 @@
 #include <set>
 
 #include "configs/error.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
@@ -81,7 +82,7 @@ void expect_sound(const Batch& batch) {
 class Loading : public testing::Test {
  protected:
   void SetUp() override {
-    write_token_file(path_, numbered_samples(53), 100 * kStride, "a test");
+    DiskStorage().write_file(path_, token_file_image(numbered_samples(53), 100 * kStride, "a test"));
     file_.emplace(path_);
   }
   void TearDown() override { std::filesystem::remove(path_); }
@@ -382,8 +383,8 @@ TEST_F(Loading, SamplesWithoutATargetAreNotThere) {
     }
   }
   const std::string other_path = path_ + ".others";
-  write_token_file(path_, samples, 100 * kStride, "a test");
-  write_token_file(other_path, others, 100 * kStride, "a test");
+  DiskStorage().write_file(path_, token_file_image(samples, 100 * kStride, "a test"));
+  DiskStorage().write_file(other_path, token_file_image(others, 100 * kStride, "a test"));
   const TokenFile file(path_), on_disk(path_, 0), other(other_path);
   for (const bool packing : {true, false}) {
     LoaderOptions settings = options(1, 2);

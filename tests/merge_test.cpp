@@ -4,6 +4,7 @@
 
 #include <filesystem>
 
+#include "data/storage.h"
 #include "data/weight_file.h"
 #include "tests/golden_case.h"
 #include "trainer/files/adapter_file.h"
@@ -47,9 +48,9 @@ void write_in(at::ScalarType dtype, const std::string& from, const std::string& 
   WeightFile file(from);
   NamedTensors tensors;
   for (const std::string& name : file.names()) tensors.emplace_back(name, file.read(name).to(dtype));
-  make_folders(to);
-  write_file_atomically(to + "/model.safetensors", safetensors_image(tensors));
-  write_file_atomically(to + "/config.json", read_file(from + "/config.json"));
+  DiskStorage().make_folders(to);
+  DiskStorage().write_file(to + "/model.safetensors", safetensors_image(tensors));
+  DiskStorage().write_file(to + "/config.json", read_file(from + "/config.json"));
 }
 
 /// Values of bfloat16 in order, as whole numbers.
@@ -96,7 +97,7 @@ class MergeGolden : public testing::TestWithParam<Case> {
         file.tensors.emplace_back(name, part.read(entry.first));
       }
     }
-    write_file_atomically(folder_.path("pissa.h5"), adapter_h5_image(file));
+    DiskStorage().write_file(folder_.path("pissa.h5"), adapter_h5_image(file));
     return read_adapter(folder_.path("pissa.h5"));
   }
 
@@ -117,9 +118,10 @@ class MergeGolden : public testing::TestWithParam<Case> {
 };
 
 TEST_P(MergeGolden, WeightsAndLogitsAreThoseOfPeft) {
-  make_folders(merged());
+  DiskStorage disk;
+  disk.make_folders(merged());
   const SavedAdapter file = adapter();
-  const MergeResult result = write_merged_model(merged(), merge_model_at(base()), file, false);
+  const MergeResult result = write_merged_model(disk, merged(), merge_model_at(base()), file, false);
   WeightFile ours(merged()), theirs(base());
   EXPECT_EQ(result.tensors, static_cast<int64_t>(theirs.names().size()));
   EXPECT_EQ(result.merged, static_cast<int64_t>(adapted_modules(file).size()));
@@ -137,9 +139,10 @@ TEST_P(MergeGolden, WeightsAndLogitsAreThoseOfPeft) {
 }
 
 TEST_P(MergeGolden, WhatNoAdapterTouchesStaysToTheByte) {
-  make_folders(merged());
+  DiskStorage disk;
+  disk.make_folders(merged());
   const SavedAdapter file = adapter();
-  write_merged_model(merged(), merge_model_at(base()), file, false);
+  write_merged_model(disk, merged(), merge_model_at(base()), file, false);
   WeightFile ours(merged()), theirs(base());
   std::set<std::string> touched;
   for (const std::string& module : adapted_modules(file)) touched.insert(module + ".weight");
@@ -157,9 +160,10 @@ class MergeBFloat16 : public MergeGolden {};
 TEST_P(MergeBFloat16, IsRoundedOnceAndOneStepFromPeftAtMost) {
   const std::string low = folder_.path("bf16");
   write_in(at::kBFloat16, base(), low);
-  make_folders(merged());
+  DiskStorage disk;
+  disk.make_folders(merged());
   const SavedAdapter file = adapter();
-  write_merged_model(merged(), merge_model_at(low), file, false);
+  write_merged_model(disk, merged(), merge_model_at(low), file, false);
   WeightFile ours(merged()), exact(low);
   for (const auto& [name, weight] : expected("bf16." + GetParam().name + ".")) {
     const at::Tensor found = ours.read(name);
@@ -189,7 +193,7 @@ SavedAdapter trained(const ModelOptions& options, const AdapterConfig& config, c
   for (int64_t step = 1; step <= 3; ++step) run.step(llama.batches(), step, 1e-2);
   if (logits) *logits = all_logits(*run.model, llama.tokens(0), run.mesh.tp());
   const SavedAdapter file = collect_adapter(run.store, *run.method, {"", config, ""}, run.mesh.tp());
-  write_file_atomically(path, adapter_h5_image(file));
+  DiskStorage().write_file(path, adapter_h5_image(file));
   return read_adapter(path);
 }
 
@@ -197,8 +201,9 @@ class Merge : public testing::Test {
  protected:
   std::string path(const std::string& name) const { return folder_.path(name); }
   MergeResult merge(const ModelOptions& options, const SavedAdapter& adapter, bool dequantize = false) const {
-    make_folders(path("merged"));
-    return write_merged_model(path("merged"), options, adapter, dequantize);
+    DiskStorage disk;
+    disk.make_folders(path("merged"));
+    return write_merged_model(disk, path("merged"), options, adapter, dequantize);
   }
 
   std::string base_ = golden("llama/model");
@@ -287,17 +292,17 @@ TEST_F(Merge, ShardsStayShards) {
     shards[shard].emplace_back(name, file.read(name));
     map[name] = shard;
   }
-  make_folders(path("base"));
+  DiskStorage().make_folders(path("base"));
   for (const auto& [name, tensors] : shards) {
-    write_file_atomically(path("base/" + name), safetensors_image(tensors, {{"format", "pt"}, {"note", "kept"}}));
+    DiskStorage().write_file(path("base/" + name), safetensors_image(tensors, {{"format", "pt"}, {"note", "kept"}}));
   }
-  write_file_atomically(path("base/model.safetensors.index.json"),
-                        json{{"metadata", {{"total_size", 1}, {"note", "kept"}}}, {"weight_map", map}}.dump());
+  DiskStorage().write_file(path("base/model.safetensors.index.json"),
+                           json{{"metadata", {{"total_size", 1}, {"note", "kept"}}}, {"weight_map", map}}.dump());
   for (const auto& [name, text] : {std::pair{"config.json", read_file(base_ + "/config.json")},
                                    {"tokenizer.json", std::string("{}")},
                                    {"adapter_config.json", std::string("{}")},
                                    {"pytorch_model.bin", std::string("old")}}) {
-    write_file_atomically(path(std::string("base/") + name), text);
+    DiskStorage().write_file(path(std::string("base/") + name), text);
   }
   const SavedAdapter adapter = read_adapter(golden("llama/adapter"));
   const MergeResult result = merge(merge_model_at(path("base")), adapter);
@@ -309,8 +314,9 @@ TEST_F(Merge, ShardsStayShards) {
   EXPECT_EQ(read_file(path("merged/tokenizer.json")), "{}");
   EXPECT_FALSE(std::filesystem::exists(path("merged/adapter_config.json")));
   EXPECT_FALSE(std::filesystem::exists(path("merged/pytorch_model.bin")));
-  make_folders(path("single"));
-  write_merged_model(path("single"), merge_model_at(base_), adapter, false);
+  DiskStorage disk;
+  disk.make_folders(path("single"));
+  write_merged_model(disk, path("single"), merge_model_at(base_), adapter, false);
   WeightFile sharded(path("merged")), single(path("single"));
   for (const std::string& name : single.names()) EXPECT_TRUE(at::equal(sharded.read(name), single.read(name))) << name;
 }
@@ -320,9 +326,9 @@ TEST_F(Merge, FoldersOfTheBareModelKeepTheirNames) {
   WeightFile file(whole);
   NamedTensors tensors;
   for (const std::string& name : file.names()) tensors.emplace_back(name.substr(12), file.read(name));
-  make_folders(path("bare"));
-  write_file_atomically(path("bare/model.safetensors"), safetensors_image(tensors));
-  write_file_atomically(path("bare/config.json"), read_file(whole + "/config.json"));
+  DiskStorage().make_folders(path("bare"));
+  DiskStorage().write_file(path("bare/model.safetensors"), safetensors_image(tensors));
+  DiskStorage().write_file(path("bare/config.json"), read_file(whole + "/config.json"));
   const SavedAdapter adapter = read_adapter(golden("families/gpt2/adapter"));
   merge(merge_model_at(path("bare")), adapter);
   EXPECT_TRUE(WeightFile(path("merged")).has("h.0.attn.c_attn.weight"));

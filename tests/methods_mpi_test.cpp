@@ -1,4 +1,3 @@
-#include "data/file.h"
 #include "tests/topology_cases.h"
 #include "trainer/files/adapter_file.h"
 #include "trainer/files/check_adapter.h"
@@ -240,7 +239,8 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
   restart();
   const std::string path = "/adapter.h5";
   TemporaryFolder folder;
-  write_file_atomically(folder.path() + path, adapter_h5_image(file()));
+  DiskStorage disk;
+  disk.write_file(folder.path() + path, adapter_h5_image(file()));
   const SavedAdapter read = read_adapter(folder.path());
   check_adapter(read, folder.path());
   EXPECT_EQ(read.config.options.get<MoraConfig>().types, (std::vector<int64_t>{1, 2}));
@@ -248,7 +248,7 @@ TEST_F(Remora, ItsFileIsTheAdapterOfALaterRunAndNoPeftFolder) {
   const TrainingRun later(&test_world(), 1, tiny(setting_), read.config, {}, 42, &read);
   EXPECT_LT(relative_error(logits(later), logits(run_)), 1e-5);
   try {
-    write_peft_folder(folder.path("peft"), read);
+    write_peft_folder(disk, folder.path("peft"), read);
     ADD_FAILURE() << "written";
   } catch (const ConfigError& e) {
     EXPECT_NE(std::string(e.what()).find("corank merge"), std::string::npos) << e.what();

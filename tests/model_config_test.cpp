@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/file.h"
+#include "data/storage.h"
 #include "data/weight_file.h"
 #include "tests/golden_case.h"
 #include "trainer/run/generation.h"
@@ -220,7 +221,7 @@ class ChangedModel {
     config.update(change);
     for (const auto& key : config.value("absent", json::array())) config.erase(key.get<std::string>());
     config.erase("absent");
-    write_file_atomically(folder_.path("config.json"), config.dump());
+    DiskStorage().write_file(folder_.path("config.json"), config.dump());
     std::filesystem::create_symlink(golden(model + "/model/model.safetensors"), folder_.path("model.safetensors"));
     options_.path = folder_.path();
     options_.dtype = at::kFloat;
@@ -294,10 +295,10 @@ TEST(ModelConfig, AHeadThatIsNotTheEmbeddingStaysItsOwn) {
   for (const std::string& name : weights.names()) {
     tensors.emplace_back(name, weights.read(name == "lm_head.weight" ? "model.embed_tokens.weight" : name));
   }
-  write_file_atomically(folder.path("model.safetensors"), safetensors_image(tensors));
+  DiskStorage().write_file(folder.path("model.safetensors"), safetensors_image(tensors));
   json config = json::parse(read_file(golden("llama/model/config.json")));
   config.update(tied);
-  write_file_atomically(folder.path("config.json"), config.dump());
+  DiskStorage().write_file(folder.path("config.json"), config.dump());
   Ledger ledger;
   const auto solo = make_solo_communicator(at::kCPU, ledger);
   ModelOptions options;
@@ -316,8 +317,8 @@ class BaseWeights : public testing::Test {
     for (const std::string& name : weights.names()) {
       tensors.emplace_back(name, name == replaced ? by : weights.read(name));
     }
-    write_file_atomically(folder_.path("model.safetensors"), safetensors_image(tensors));
-    write_file_atomically(folder_.path("config.json"), read_file(golden("llama/model/config.json")));
+    DiskStorage().write_file(folder_.path("model.safetensors"), safetensors_image(tensors));
+    DiskStorage().write_file(folder_.path("config.json"), read_file(golden("llama/model/config.json")));
     options_.path = folder_.path();
     options_.dtype = at::kFloat;
   }

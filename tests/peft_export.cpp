@@ -3,8 +3,8 @@
 // modules_to_save.
 #include <fmt/format.h>
 
-#include "data/file.h"
 #include "data/safetensors.h"
+#include "data/storage.h"
 #include "tests/support.h"
 #include "trainer/files/adapter_file.h"
 #include "trainer/files/merge.h"
@@ -40,12 +40,14 @@ int main(int argc, char** argv) {
   for (int64_t step = 1; step <= 3; ++step) run.step(batches, step, 1e-2);
   config.fan_in_fan_out = !transposed_weights(*run.model).empty();
   const std::string out = argv[2];
-  write_peft_folder(out + "/adapter", collect_adapter(run.store, *run.method, {"", config, argv[1]}, run.mesh.tp()));
-  make_folders(out + "/merged");
-  write_merged_model(out + "/merged", options, read_adapter(out + "/adapter"), /*dequantize=*/false);
+  DiskStorage disk;
+  write_peft_folder(disk, out + "/adapter",
+                    collect_adapter(run.store, *run.method, {"", config, argv[1]}, run.mesh.tp()));
+  disk.make_folders(out + "/merged");
+  write_merged_model(disk, out + "/merged", options, read_adapter(out + "/adapter"), /*dequantize=*/false);
   const at::Tensor ids = tokens.to(at::kLong);
   const at::Tensor logits =
       all_logits(*run.model, {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + 24}, run.mesh.tp());
-  write_file_atomically(out + "/logits.safetensors", safetensors_image({{"tokens", ids}, {"logits", logits}}));
+  disk.write_file(out + "/logits.safetensors", safetensors_image({{"tokens", ids}, {"logits", logits}}));
   return 0;
 }

@@ -6,6 +6,7 @@
 
 #include "data/file.h"
 #include "data/safetensors.h"
+#include "data/storage.h"
 #include "data/weight_file.h"
 #include "tests/support.h"
 #include "trainer/methods/pissa.h"
@@ -397,8 +398,8 @@ class Bitsandbytes : public testing::Test {
   }
 
   std::string write() {
-    write_file_atomically(folder_.path("config.json"), config_.dump());
-    write_file_atomically(folder_.path("model.safetensors"), safetensors_image({tensors_.begin(), tensors_.end()}));
+    DiskStorage().write_file(folder_.path("config.json"), config_.dump());
+    DiskStorage().write_file(folder_.path("model.safetensors"), safetensors_image({tensors_.begin(), tensors_.end()}));
     return folder_.path();
   }
 

@@ -1,4 +1,5 @@
-"""The #includes of the tree against the table of rooms in docs/design.md; names that stay in the files they belong to."""
+"""The sources: their #includes against the table of rooms in docs/design.md; names that stay in the files they belong to; that
+one file alone writes."""
 
 import re
 import subprocess
@@ -76,6 +77,39 @@ def offences(known, pairs):
         elif other != room and other not in known[room]:
             found.append(f"{name}: {room} does not know {other} ({included})")
     return found
+
+
+WRITING = re.compile(
+    r"\bstd::(?:basic_)?(?:fstream|filebuf)\b|ofstream\b|\bf(?:d|re)?open\(|\bO_(?:WRONLY|RDWR|CREAT|TRUNC|APPEND)\b"
+    r"|\b(?:fs|filesystem)::(?:rename|remove|remove_all|resize_file|permissions|last_write_time|copy\w*|create_\w+)\b"
+    r"|(?<![\w>])(?:::|\bstd::)(?:p?write|writev|(?:un)?link(?:at)?|symlink|mk(?:dir|fifo|stemp|dtemp)|rmdir|remove|rename(?:at)?|f?truncate"
+    r"|creat)\((?!\w+\.begin)|\btorch::save\b|\bH5Pset_fapl_(?!core)\w+\b")
+
+
+def writers(texts):
+    """Files that write past the storage object, with what they write by."""
+    for name, text in texts:
+        found = WRITING.search(text)
+        if found and name != "data/storage.cpp":
+            yield f"{name}: {found[0]}"
+
+
+class Writers(unittest.TestCase):
+    def test_one_file_writes(self):
+        self.assertEqual(list(writers(sources())), [])
+        self.assertTrue(WRITING.search((ROOT / "data/storage.cpp").read_text()))
+
+    def test_every_way_to_write_is_found(self):
+        for text in ("std::ofstream out(path);", "std::fstream f;", "std::basic_ofstream<char> f;", 'std::FILE* f = std::fopen(path, "w");',
+                     "fs::rename(a, b);", "std::filesystem::create_directories(p);", "fs::remove_all(p);", "  ::write(fd, p, n);",
+                     "if (::rename(a, b) != 0)", "std::remove(p);", "std::rename(a, b);", "open(p, O_RDWR)", "torch::save(t, p);",
+                     "fs::copy_file(a, b);", "H5Pset_fapl_sec2(list)"):
+            self.assertEqual(len(list(writers([("trainer/run/x.cpp", text)]))), 1, text)
+
+    def test_reading_and_algorithms_are_not(self):
+        for text in ("std::remove(v.begin(), v.end(), 1);", "Writer::write(name, tensor);", "open(p, O_RDONLY)", "fs::exists(p)",
+                     "storage.rename(a, b);", "file->write(bytes);", "std::ifstream f; // #include <fstream>"):
+            self.assertEqual(list(writers([("trainer/run/x.cpp", text)])), [], text)
 
 
 class Rooms(unittest.TestCase):

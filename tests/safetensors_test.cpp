@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "configs/error.h"
-#include "data/file.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
@@ -19,7 +19,7 @@ using Named = std::vector<std::pair<std::string, at::Tensor>>;
 class Safetensors : public testing::Test {
  protected:
   void TearDown() override { std::filesystem::remove(path_); }
-  void write(const std::string& bytes) { write_file_atomically(path_, bytes); }
+  void write(const std::string& bytes) { DiskStorage().write_file(path_, bytes); }
   /// A file with this header and so many data bytes.
   void write_raw(const std::string& header, size_t data_bytes) {
     const uint64_t length = header.size();

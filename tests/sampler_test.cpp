@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "configs/error.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
@@ -22,7 +23,7 @@ class Sampling : public testing::Test {
     std::vector<Sample> samples;
     for (const int64_t length : lengths)
       samples.push_back({at::ones({length}, at::kInt), at::ones({length}, at::kByte)});
-    write_token_file(path_, samples, 10, "a test");
+    DiskStorage().write_file(path_, token_file_image(samples, 10, "a test"));
   }
   const std::string path_ = testing::TempDir() + "corank_sampler_" + std::to_string(getpid()) + ".h5";
 };
@@ -142,8 +143,9 @@ TEST_F(Sampling, LeavesOutWhatHasNoTargetWithinTheCut) {
     result.loss_mask[target] = 1;
     return result;
   };
-  write_token_file(path_, {sample(4, 3), sample(9, 8), sample(5, 4), sample(9, 2), sample(1, 0), sample(6, 0)}, 10,
-                   "a test");
+  DiskStorage().write_file(
+      path_, token_file_image({sample(4, 3), sample(9, 8), sample(5, 4), sample(9, 2), sample(1, 0), sample(6, 0)}, 10,
+                              "a test"));
   for (const int64_t memory_limit : {int64_t{0}, int64_t{1} << 30}) {
     const TokenFile file(path_, memory_limit);
     const auto order = [&](const SamplerOptions& options) { return Sampler(file, options).sequences(0); };

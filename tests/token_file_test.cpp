@@ -8,8 +8,8 @@
 #include <thread>
 
 #include "configs/error.h"
-#include "data/file.h"
 #include "data/h5.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
@@ -37,7 +37,7 @@ class Tokens : public testing::Test {
     writer.attribute("format", parts.format);
     writer.attribute("version", parts.version);
     writer.attribute("vocab_size", parts.vocab_size);
-    write_file_atomically(path_, writer.finish());
+    DiskStorage().write_file(path_, writer.finish());
   }
   void expect_refused(const std::string& part, const std::function<void(Parts&)>& spoil) {
     Parts parts;
@@ -98,7 +98,7 @@ TEST_F(Tokens, FingerprintIsOfTheDataAlone) {
 TEST_F(Tokens, WrittenFilesReadBack) {
   const std::vector<Sample> samples{{token_ints({1, 2, 3}, at::kInt), token_ints({0, 0, 1}, at::kByte)},
                                     {token_ints({4, 5}, at::kInt), token_ints({1, 1}, at::kByte)}};
-  write_token_file(path_, samples, 6, "a test");
+  DiskStorage().write_file(path_, token_file_image(samples, 6, "a test"));
   const TokenFile file(path_);
   ASSERT_EQ(file.size(), 2);
   for (int64_t i = 0; i < 2; ++i) {
@@ -114,7 +114,7 @@ TEST_F(Tokens, WrittenFilesReadBack) {
 
 TEST_F(Tokens, WrongFiles) {
   EXPECT_THROW(TokenFile{path_}, MissingError);
-  write_file_atomically(path_, "no hdf5");
+  DiskStorage().write_file(path_, "no hdf5");
   EXPECT_THROW(TokenFile{path_}, InputError);
   expect_refused("attribute format", [](Parts& p) { p.format = "other"; });
   expect_refused("has version 2", [](Parts& p) { p.version = 2; });

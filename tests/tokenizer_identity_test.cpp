@@ -8,6 +8,7 @@
 #include "configs/error.h"
 #include "data/file.h"
 #include "data/h5.h"
+#include "data/storage.h"
 #include "data/token_file.h"
 
 namespace corank {
@@ -89,7 +90,7 @@ class SameTokenizer : public testing::Test {
     writer.attribute("version", int64_t{1});
     writer.attribute("vocab_size", int64_t{4});
     for (const auto& [name, value] : attributes) writer.attribute(name, value);
-    write_file_atomically(tokens_, writer.finish());
+    DiskStorage().write_file(tokens_, writer.finish());
   }
   bool same() {
     try {
@@ -111,7 +112,7 @@ TEST_F(SameTokenizer, IsFoundByItsBytesOrItsFingerprints) {
   const std::string other = "sha256:" + sha256("other");
   write_tokens({{"tokenizer", other}});
   EXPECT_TRUE(same());  // the folder has none
-  write_file_atomically(folder_ + "/tokenizer.json", kBpe);
+  DiskStorage().write_file(folder_ + "/tokenizer.json", kBpe);
   EXPECT_FALSE(same());
   for (const auto& attributes : std::vector<std::vector<std::pair<std::string, std::string>>>{
            {},

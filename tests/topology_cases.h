@@ -3,6 +3,7 @@
 #include <map>
 #include <optional>
 
+#include "data/storage.h"
 #include "tests/mpi_main.h"
 #include "tests/support.h"
 #include "trainer/methods/mora.h"
@@ -79,7 +80,7 @@ struct Job {
   Job(const World* world, int tensor, const Setting& setting, const TokenFile& data, const std::string& folder)
       : run(world, tensor, tiny(setting), adapter(setting)),
         batches(data, loader(setting, run.mesh)),
-        checkpoints(folder, {"same run", adapter(setting), "tiny"}, {}, run.mesh, run.store, *run.optimizer,
+        checkpoints(disk, folder, {"same run", adapter(setting), "tiny"}, {}, run.mesh, run.store, *run.optimizer,
                     *run.method),
         options{.schedule = {"constant", rate(setting), 0, kSteps}} {}
 
@@ -109,6 +110,7 @@ struct Job {
   TrainingRun run;
   Loader batches;
   const std::vector<Batch> no_evaluation;
+  DiskStorage disk;
   Checkpoints checkpoints;
   TrainerOptions options;
   Records records;

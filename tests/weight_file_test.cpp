@@ -9,15 +9,18 @@
 
 #include "configs/error.h"
 #include "data/file.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
 
 class Weights : public testing::Test {
  protected:
-  void SetUp() override { make_folders(folder_); }
+  void SetUp() override { DiskStorage().make_folders(folder_); }
   void TearDown() override { std::filesystem::remove_all(folder_); }
-  void write(const std::string& name, const std::string& bytes) { write_file_atomically(folder_ + "/" + name, bytes); }
+  void write(const std::string& name, const std::string& bytes) {
+    DiskStorage().write_file(folder_ + "/" + name, bytes);
+  }
   void write_shards() {
     write("model-1.safetensors", safetensors_image({{"a", a_}, {"b", b_}}));
     write("model-2.safetensors", safetensors_image({{"c", c_}}));
@@ -139,10 +142,11 @@ class Companions : public Weights {
  protected:
   void SetUp() override {
     Weights::SetUp();
-    make_folders(to_);
+    DiskStorage().make_folders(to_);
   }
   std::set<std::string> copied(const std::string& from) {
-    copy_companions(from, to_);
+    DiskStorage disk;
+    copy_companions(disk, from, to_);
     std::set<std::string> names;
     for (const auto& entry : std::filesystem::directory_iterator(to_)) names.insert(entry.path().filename());
     return names;
@@ -163,8 +167,8 @@ TEST_F(Companions, WeightsConfigurationsAndWhatIsNoFileStayBehind) {
 TEST_F(Companions, LinksLeadOnlyIntoTheFolderOrItsCache) {
   namespace fs = std::filesystem;
   const std::string model = folder_ + "/models--x", snapshot = model + "/snapshots/1";
-  make_folders(model + "/blobs");
-  make_folders(snapshot);
+  DiskStorage().make_folders(model + "/blobs");
+  DiskStorage().make_folders(snapshot);
   write("secret", "s");
   write("models--x/blobs/abc", "tokens");
   write("models--x/snapshots/1/real.txt", "r");
@@ -180,8 +184,8 @@ TEST_F(Companions, LinksLeadOnlyIntoTheFolderOrItsCache) {
 }
 
 TEST_F(Companions, BlobsBesideAnOrdinaryFolderAreNoCache) {
-  make_folders(folder_ + "/a/mine/x");
-  make_folders(folder_ + "/a/blobs");
+  DiskStorage().make_folders(folder_ + "/a/mine/x");
+  DiskStorage().make_folders(folder_ + "/a/blobs");
   write("a/blobs/abc", "tokens");
   std::filesystem::create_symlink("../../blobs/abc", folder_ + "/a/mine/x/tokenizer.json");
   EXPECT_EQ(copied(folder_ + "/a/mine/x"), std::set<std::string>());

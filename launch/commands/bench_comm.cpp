@@ -100,10 +100,10 @@ int run_bench_comm(const CommandLine& line, const World& world) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_bench_comm(CLI::App& app) {
+CommandWork declare_bench_comm(CLI::App& app) {
   auto line = std::make_shared<CommandLine>();
   add_run_options(app, *line);
-  return [line](const World* world) { return run_bench_comm(*line, *world); };
+  return [line](const World* world, Storage&) { return run_bench_comm(*line, *world); };
 }
 
 }  // namespace corank

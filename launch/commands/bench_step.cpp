@@ -48,8 +48,7 @@ int run_bench_step(const BenchStepArguments& a, const World& world) {
   const RunConfig run = read_run(a.run_file, a.overrides);
   check_together(check_bench, run, world);
   Session session(run, world);
-  Console console(session.leader(), a.json);
-  console.introduce(session, world, threads);
+  if (session.leader()) Console(session, a.json).introduce(start_record(session, world, threads));
   Bench bench(session);
   const at::Device device = session.mesh().device();
   std::vector<double> seconds, rates;
@@ -89,12 +88,12 @@ int run_bench_step(const BenchStepArguments& a, const World& world) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_bench_step(CLI::App& app) {
+CommandWork declare_bench_step(CLI::App& app) {
   auto a = std::make_shared<BenchStepArguments>();
   add_run_options(app, *a);
   app.add_option("--steps", a->steps, "timed steps")->check(CLI::Range(1, 100000));
   app.add_option("--warmup", a->warmup, "steps before them")->check(CLI::Range(0, 1000));
-  return [a](const World* world) { return run_bench_step(*a, *world); };
+  return [a](const World* world, Storage&) { return run_bench_step(*a, *world); };
 }
 
 }  // namespace corank

@@ -38,10 +38,10 @@ std::vector<WeightedAdapter> read_all(const CombineArguments& a) {
   return adapters;
 }
 
-int run_combine(const CombineArguments& a) {
+int run_combine(const CombineArguments& a, Storage& storage) {
   refuse_foreign_folder(a.output);
   const SavedAdapter result = combine(read_all(a), a.how, a.rank);
-  write_peft_folder(a.output, result);
+  write_peft_folder(storage, a.output, result);
   fmt::print("{}\n", a.json
                          ? json_text(summary(a.output, result))
                          : printable(fmt::format("{}: {} adapters by {}, plain LoRA of rank {}, {} tensors.", a.output,
@@ -51,7 +51,7 @@ int run_combine(const CombineArguments& a) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_combine(CLI::App& app) {
+CommandWork declare_combine(CLI::App& app) {
   auto a = std::make_shared<CombineArguments>();
   app.add_option("adapters", a->inputs, "PEFT folders, checkpoint folders or adapter.h5 files")->required();
   app.add_option("--weights", a->weights, "one number for each adapter, comma-separated")
@@ -65,7 +65,7 @@ std::function<int(const World*)> declare_combine(CLI::App& app) {
       ->check(CLI::Range(int64_t{1}, kMaxRank));
   app.add_option("--out", a->output, "folder to write")->required();
   app.add_flag("--json", a->json, "one JSON object");
-  return [a](const World*) { return run_combine(*a); };
+  return [a](const World*, Storage& storage) { return run_combine(*a, storage); };
 }
 
 }  // namespace corank

@@ -12,6 +12,8 @@ class Validator;
 
 namespace corank {
 
+class Storage;
+
 /// Options that most commands share.
 struct CommandLine {
   std::string run_file;
@@ -19,27 +21,30 @@ struct CommandLine {
   bool json = false;                   ///< one JSON object on standard output, everything else on standard error
 };
 
+/// What runs a command: the exit code, or throws Error. Rank commands get the World, the others nullptr. All that a
+/// command leaves on the disk goes through `storage`.
+using CommandWork = std::function<int(const World* world, Storage& storage)>;
+
 /// One command of the binary. A command is one file and one line of the table in main.cpp.
 struct Command {
   const char* name;
   const char* help;
-  /// Declares options on `app` and returns what runs the command: the exit code, or throws Error. Rank commands get the
-  /// World; the others are called with nullptr.
-  std::function<int(const World* world)> (*declare)(CLI::App& app);
+  /// Declares options on `app` and returns the command's work with them.
+  CommandWork (*declare)(CLI::App& app);
   bool uses_ranks;
 };
 
-std::function<int(const World*)> declare_train(CLI::App& app);
-std::function<int(const World*)> declare_eval(CLI::App& app);
-std::function<int(const World*)> declare_generate(CLI::App& app);
-std::function<int(const World*)> declare_export(CLI::App& app);
-std::function<int(const World*)> declare_import(CLI::App& app);
-std::function<int(const World*)> declare_combine(CLI::App& app);
-std::function<int(const World*)> declare_inspect(CLI::App& app);
-std::function<int(const World*)> declare_merge(CLI::App& app);
-std::function<int(const World*)> declare_validate(CLI::App& app);
-std::function<int(const World*)> declare_bench_comm(CLI::App& app);
-std::function<int(const World*)> declare_bench_step(CLI::App& app);
+CommandWork declare_train(CLI::App& app);
+CommandWork declare_eval(CLI::App& app);
+CommandWork declare_generate(CLI::App& app);
+CommandWork declare_export(CLI::App& app);
+CommandWork declare_import(CLI::App& app);
+CommandWork declare_combine(CLI::App& app);
+CommandWork declare_inspect(CLI::App& app);
+CommandWork declare_merge(CLI::App& app);
+CommandWork declare_validate(CLI::App& app);
+CommandWork declare_bench_comm(CLI::App& app);
+CommandWork declare_bench_step(CLI::App& app);
 
 /// For options that take a whole number: decimal digits without a leading zero, which C would read as octal.
 CLI::Validator decimal();

@@ -5,7 +5,7 @@
 
 #include "configs/error.h"
 #include "configs/text.h"
-#include "data/file.h"
+#include "data/storage.h"
 #include "launch/adapter_files.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
@@ -26,11 +26,11 @@ void print_conversion(const ConvertArguments& a, const nlohmann::ordered_json& o
   fmt::print("{}\n", a.json ? json_text(object) : printable(text));
 }
 
-int export_peft(const ConvertArguments& a, const SavedAdapter& adapter) {
+int export_peft(const ConvertArguments& a, const SavedAdapter& adapter, Storage& storage) {
   if (a.rank || a.max_error || !a.base.empty()) {
     throw ConfigError("--r, --max-error and --base belong to --as plain-lora. Leave them out, or add it.");
   }
-  write_peft_folder(a.output, adapter);
+  write_peft_folder(storage, a.output, adapter);
   print_conversion(
       a, summary(a.output, adapter),
       fmt::format("{}: {} tensors. {}", a.output, adapter.tensors.size(), make_method(adapter.config)->consumers()));
@@ -50,13 +50,13 @@ std::string error_text(const PlainLora& plain) {
                      worst.first, sum / static_cast<double>(plain.errors.size()));
 }
 
-int export_plain_lora(const ConvertArguments& a, SavedAdapter adapter) {
+int export_plain_lora(const ConvertArguments& a, SavedAdapter adapter, Storage& storage) {
   PlainLoraOptions options;
   options.rank = a.rank;
   options.max_error = a.max_error.value_or(options.max_error);
   if (!a.base.empty()) options.base = base_weights(a.base, adapter);
   const PlainLora plain = to_plain_lora(adapter, options);
-  write_peft_folder(a.output, plain.file);
+  write_peft_folder(storage, a.output, plain.file);
   nlohmann::ordered_json object = summary(a.output, plain.file);
   for (const auto& [module, error] : plain.errors) object["errors"][module] = error;
   print_conversion(a, object,
@@ -65,19 +65,19 @@ int export_plain_lora(const ConvertArguments& a, SavedAdapter adapter) {
   return 0;
 }
 
-int run_export(const ConvertArguments& a) {
+int run_export(const ConvertArguments& a, Storage& storage) {
   refuse_own_input(a.input, a.output);
   refuse_foreign_folder(a.output);
   const SavedAdapter adapter = read_checked(a.input);
-  return a.as == "plain-lora" ? export_plain_lora(a, adapter) : export_peft(a, adapter);
+  return a.as == "plain-lora" ? export_plain_lora(a, adapter, storage) : export_peft(a, adapter, storage);
 }
 
-int run_import(const ConvertArguments& a) {
+int run_import(const ConvertArguments& a, Storage& storage) {
   if (a.output.size() < 4 || !a.output.ends_with(".h5")) throw ConfigError("--out: give a file name that ends in .h5");
   refuse_own_input(a.input, a.output);
   refuse_foreign_file(a.output);
   const SavedAdapter adapter = read_checked(a.input);
-  write_file_atomically(a.output, adapter_h5_image(adapter));
+  storage.write_file(a.output, adapter_h5_image(adapter));
   print_conversion(a, summary(a.output, adapter),
                    fmt::format("{}: {} tensors, rank {}, alpha {}", a.output, adapter.tensors.size(), adapter.config.r,
                                adapter.config.lora_alpha));
@@ -86,7 +86,7 @@ int run_import(const ConvertArguments& a) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_export(CLI::App& app) {
+CommandWork declare_export(CLI::App& app) {
   auto a = std::make_shared<ConvertArguments>();
   app.add_option("checkpoint", a->input, "checkpoint folder or adapter.h5")->required();
   app.add_option("--out", a->output, "folder to write")->required();
@@ -100,15 +100,15 @@ std::function<int(const World*)> declare_export(CLI::App& app) {
   app.add_option("--max-error", a->max_error, "refuse a decomposition that loses more of an update [0.05]")
       ->check(CLI::Range(0.0, 1.0));
   app.add_flag("--json", a->json, "one JSON object");
-  return [a](const World*) { return run_export(*a); };
+  return [a](const World*, Storage& storage) { return run_export(*a, storage); };
 }
 
-std::function<int(const World*)> declare_import(CLI::App& app) {
+CommandWork declare_import(CLI::App& app) {
   auto a = std::make_shared<ConvertArguments>();
   app.add_option("peft_dir", a->input, "PEFT folder")->required();
   app.add_option("--out", a->output, "adapter file to write, .h5")->required();
   app.add_flag("--json", a->json, "one JSON object");
-  return [a](const World*) { return run_import(*a); };
+  return [a](const World*, Storage& storage) { return run_import(*a, storage); };
 }
 
 }  // namespace corank

@@ -47,10 +47,10 @@ int run_eval(const CommandLine& command, const World& world) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_eval(CLI::App& app) {
+CommandWork declare_eval(CLI::App& app) {
   auto line = std::make_shared<CommandLine>();
   add_run_options(app, *line);
-  return [line](const World* world) { return run_eval(*line, *world); };
+  return [line](const World* world, Storage&) { return run_eval(*line, *world); };
 }
 
 }  // namespace corank

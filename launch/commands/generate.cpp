@@ -206,7 +206,7 @@ int run_generate(const GenerateArguments& a, const World& world) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_generate(CLI::App& app) {
+CommandWork declare_generate(CLI::App& app) {
   auto a = std::make_shared<GenerateArguments>();
   add_run_options(app, *a);
   app.add_option("--prompt-tokens", a->prompt, "token ids, comma-separated");
@@ -236,7 +236,7 @@ std::function<int(const World*)> declare_generate(CLI::App& app) {
       ->default_val(4096)
       ->check(decimal())
       ->check(CLI::Range(int64_t{2}, int64_t{1} << 20));
-  return [a](const World* world) { return run_generate(*a, *world); };
+  return [a](const World* world, Storage&) { return run_generate(*a, *world); };
 }
 
 }  // namespace corank

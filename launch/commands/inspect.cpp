@@ -131,7 +131,7 @@ void print_text(const ordered_json& result) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_inspect(CLI::App& app) {
+CommandWork declare_inspect(CLI::App& app) {
   struct InspectArguments {
     std::string path;
     bool json = false;
@@ -139,7 +139,7 @@ std::function<int(const World*)> declare_inspect(CLI::App& app) {
   auto a = std::make_shared<InspectArguments>();
   app.add_option("path", a->path, "checkpoint, adapter, token file or model folder")->required();
   app.add_flag("--json", a->json, "one JSON object");
-  return [a](const World*) {
+  return [a](const World*, Storage&) {
     const ordered_json result = inspect(a->path);
     a->json ? fmt::print("{}\n", json_text(result)) : print_text(result);
     return 0;

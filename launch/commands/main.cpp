@@ -13,6 +13,7 @@
 
 #include "configs/error.h"
 #include "configs/text.h"
+#include "data/storage.h"
 #include "launch/commands/commands.h"
 
 namespace {
@@ -34,7 +35,7 @@ constexpr corank::Command kCommands[] = {
 
 struct Chosen {
   const corank::Command* command = nullptr;
-  std::function<int(const corank::World*)> run;
+  corank::CommandWork run;
   bool among_peers = false;  ///< other ranks may be waiting for this one
   int rank = 0;
 };
@@ -69,11 +70,12 @@ void refuse_unknown_command(int argc, char** argv) {
 }
 
 int run(Chosen& chosen, int* argc, char*** argv) {
-  if (!chosen.command->uses_ranks) return chosen.run(nullptr);
+  corank::DiskStorage storage;
+  if (!chosen.command->uses_ranks) return chosen.run(nullptr, storage);
   chosen.among_peers = corank::started_by_mpi();
   corank::World world(argc, argv);
   chosen.rank = world.rank();
-  const int code = chosen.run(&world);
+  const int code = chosen.run(&world, storage);
   world.finish();
   return code;
 }

@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/text.h"
-#include "data/file.h"
+#include "data/storage.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
 #include "launch/session.h"
@@ -80,15 +80,15 @@ void print_merge(const MergeArguments& a, const RunConfig& run, const MergeResul
              grouped(result.tensors), human_bytes(result.bytes), result.merged, kind, result.replaced);
 }
 
-int run_merge(const MergeArguments& a) {
+int run_merge(const MergeArguments& a, Storage& storage) {
   RunConfig run = read_run(a.run_file, a.overrides);
   run.model.max_positions = 1;  // no sequence will come
   check_run(run);
   check_merge_output(a, run);
   const bool dequantize = dequantizes(a, run);
   const SavedAdapter adapter = adapter_of(with_trained_adapter(run, dequantize));
-  AtomicFolder folder(a.output);
-  const MergeResult result = write_merged_model(folder.path(), run.model, adapter, dequantize);
+  AtomicFolder folder(storage, a.output);
+  const MergeResult result = write_merged_model(storage, folder.path(), run.model, adapter, dequantize);
   folder.commit();
   print_merge(a, run, result, dequantize);
   return 0;
@@ -96,7 +96,7 @@ int run_merge(const MergeArguments& a) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_merge(CLI::App& app) {
+CommandWork declare_merge(CLI::App& app) {
   auto a = std::make_shared<MergeArguments>();
   add_run_options(app, *a);
   app.add_option("--out", a->output, "folder to write: new, or empty")->required();
@@ -104,7 +104,7 @@ std::function<int(const World*)> declare_merge(CLI::App& app) {
                  "of a quantised run: dequantized (default), the weights that the adapter was trained on, in the run's "
                  "dtype; original, those of the folder")
       ->check(CLI::IsMember({"dequantized", "original"}));
-  return [a](const World*) { return run_merge(*a); };
+  return [a](const World*, Storage& storage) { return run_merge(*a, storage); };
 }
 
 }  // namespace corank

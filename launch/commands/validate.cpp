@@ -45,12 +45,12 @@ int run_validate(const ValidateArguments& a) {
 
 }  // namespace
 
-std::function<int(const World*)> declare_validate(CLI::App& app) {
+CommandWork declare_validate(CLI::App& app) {
   auto a = std::make_shared<ValidateArguments>();
   add_run_options(app, *a);
   app.add_option("--ranks", a->ranks, "number of ranks to check for (default: parallel.tensor)")
       ->check(CLI::Range(1, 1 << 20));
-  return [a](const World*) { return run_validate(*a); };
+  return [a](const World*, Storage&) { return run_validate(*a); };
 }
 
 }  // namespace corank

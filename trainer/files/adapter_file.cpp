@@ -13,6 +13,7 @@
 #include "data/h5.h"
 #include "data/json_object.h"
 #include "data/safetensors.h"
+#include "data/storage.h"
 #include "trainer/files/peft_config.h"
 #include "trainer/methods/methods.h"
 #include "trainer/methods/peft_name.h"
@@ -199,20 +200,20 @@ SavedAdapter read_adapter(const std::string& path) {
                   path));
 }
 
-void write_peft_folder(const std::string& folder, SavedAdapter adapter) {
+void write_peft_folder(Storage& storage, const std::string& folder, SavedAdapter adapter) {
   const auto method = make_method(adapter.config);
   if (const std::string beyond = method->beyond_peft(); !beyond.empty()) {
     throw ConfigError(fmt::format("{}: {}.", folder, beyond));
   }
   method->to_peft(adapter);
   adapter.config.modules_to_save = saved_in_full(adapter);
-  make_folders(folder);
+  storage.make_folders(folder);
   auto tensors = adapter.tensors;
   std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  write_file_atomically(folder + "/adapter_model.safetensors", safetensors_image(tensors));
-  write_file_atomically(folder + "/README.md", model_card(adapter));
-  write_file_atomically(folder + "/adapter_config.json",
-                        peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model));
+  storage.write_file(folder + "/adapter_model.safetensors", safetensors_image(tensors));
+  storage.write_file(folder + "/README.md", model_card(adapter));
+  storage.write_file(folder + "/adapter_config.json",
+                     peft_config_json(adapter.config, adapted_modules(adapter), adapter.base_model));
 }
 
 std::string adapter_h5_image(const SavedAdapter& adapter) {

@@ -12,6 +12,7 @@
 #include "configs/error.h"
 #include "data/file.h"
 #include "data/json_object.h"
+#include "data/storage.h"
 #include "data/strict_json.h"
 #include "data/weight_file.h"
 #include "trainer/methods/lora_factors.h"
@@ -184,8 +185,8 @@ std::string merged_config(const ModelOptions& options, bool dequantize) {
 
 }  // namespace
 
-MergeResult write_merged_model(const std::string& folder, const ModelOptions& options, const SavedAdapter& adapter,
-                               bool dequantize) {
+MergeResult write_merged_model(Storage& storage, const std::string& folder, const ModelOptions& options,
+                               const SavedAdapter& adapter, bool dequantize) {
   const at::AutoGradMode no_grad(false);
   MergedModel model(options, adapter, dequantize);
   MergeResult result = model.counts();
@@ -194,23 +195,23 @@ MergeResult write_merged_model(const std::string& folder, const ModelOptions& op
     const std::string name = std::filesystem::path(file->path()).filename().string();
     const auto contents = model.contents(*file);
     if (contents.empty()) continue;
-    AtomicFile out(folder + "/" + name);
-    out.write(safetensors_header(contents, file->metadata()));
+    const auto out = storage.create(folder + "/" + name);
+    out->write(safetensors_header(contents, file->metadata()));
     for (const auto& [tensor_name, info] : contents) {
       const at::Tensor tensor = model.tensor(tensor_name, info.dtype);
-      out.write({static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()});
+      out->write({static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()});
       result.bytes += static_cast<int64_t>(tensor.nbytes());
       file_of.emplace(tensor_name, name);
     }
-    out.commit();
+    out->commit();
   }
   result.tensors = static_cast<int64_t>(file_of.size());
   const std::string base_index = options.path + "/" + kWeightIndex;
   if (std::filesystem::exists(base_index)) {
-    write_file_atomically(folder + "/" + kWeightIndex, merged_index(base_index, file_of, result.bytes));
+    storage.write_file(folder + "/" + kWeightIndex, merged_index(base_index, file_of, result.bytes));
   }
-  copy_companions(options.path, folder);
-  write_file_atomically(folder + "/config.json", merged_config(options, dequantize));
+  copy_companions(storage, options.path, folder);
+  storage.write_file(folder + "/config.json", merged_config(options, dequantize));
   return result;
 }
 

@@ -22,7 +22,7 @@ struct MergeResult {
 /// bitsandbytes is a ConfigError.
 ///
 /// InputError if the adapter does not fit the model, or a result is not finite. `folder` is an existing folder.
-MergeResult write_merged_model(const std::string& folder, const ModelOptions& options, const SavedAdapter& adapter,
-                               bool dequantize);
+MergeResult write_merged_model(Storage& storage, const std::string& folder, const ModelOptions& options,
+                               const SavedAdapter& adapter, bool dequantize);
 
 }  // namespace corank

@@ -8,8 +8,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// Sums rows of equal index in a fixed order on every device; index_add_ would use atomics on CUDA. Autograd takes it to
-/// the leaf, so that it adds up with what a tied head gives before both are rounded into the flat buffer.
+/// Sums rows of equal index in a fixed order on every device; index_add_ would use atomics on CUDA. Autograd takes it
+/// to the leaf, so that it adds up with what a tied head gives before both are rounded into the flat buffer.
 at::Tensor row_gradient(const at::Tensor& grad_ND, const at::Tensor& rows_N, const at::Tensor& leaf) {
   return at::embedding_dense_backward(grad_ND.to(leaf.scalar_type()), rows_N, leaf.size(0), /*padding_idx=*/-1,
                                       /*scale_grad_by_freq=*/false);

@@ -3,17 +3,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <set>
 
 #include "comm/agree.h"
 #include "data/file.h"
 #include "data/h5.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
-
-namespace fs = std::filesystem;
 
 constexpr const char* kStateFormat = "corank-state";
 
@@ -40,9 +38,10 @@ Manifest::File describe(const std::string& name, const std::string& bytes) {
 
 }  // namespace
 
-Checkpoints::Checkpoints(std::string folder, RunIdentity identity, Retention retention, const Mesh& mesh,
-                         ParameterStore& store, Optimizer& optimizer, AdapterMethod& method)
-    : folder_(std::move(folder)),
+Checkpoints::Checkpoints(Storage& storage, std::string folder, RunIdentity identity, Retention retention,
+                         const Mesh& mesh, ParameterStore& store, Optimizer& optimizer, AdapterMethod& method)
+    : storage_(storage),
+      folder_(std::move(folder)),
       identity_(std::move(identity)),
       retention_(std::move(retention)),
       mesh_(mesh),
@@ -50,22 +49,23 @@ Checkpoints::Checkpoints(std::string folder, RunIdentity identity, Retention ret
       optimizer_(optimizer),
       method_(method) {}
 
-void Checkpoints::save(const TrainingState& state) {
+std::string Checkpoints::save(const TrainingState& state) {
   // Every tensor-parallel group gathers: simpler than choosing one, and all ranks make the same calls.
   const SavedAdapter adapter = collect_adapter(store_, method_, identity_, mesh_.tp());
   std::vector<std::pair<std::string, StateTensors>> groups;
   for (const auto& [group, flat] : state_buffers()) groups.emplace_back(group, store_.gather(flat, mesh_.tp()));
+  std::string path;
   on_rank_0(mesh_.world(), [&] {
-    const std::string path = free_checkpoint_path(folder_, state.step);
+    path = free_checkpoint_path(storage_, folder_, state.step);
     try {
       write(path, state.step, adapter_h5_image(adapter), state_image(state, identity_.hash, groups));
     } catch (...) {
-      std::error_code ignored;
-      fs::remove_all(path, ignored);  // nothing half-written stays, e.g. on a full disk
+      drop(path);
       throw;
     }
-    prune_checkpoints(folder_, identity_.hash, retention_, state.step);
+    prune_checkpoints(storage_, folder_, identity_.hash, retention_, state.step);
   });
+  return path;
 }
 
 std::vector<std::pair<std::string, at::Tensor>> Checkpoints::state_buffers() {
@@ -77,18 +77,27 @@ std::vector<std::pair<std::string, at::Tensor>> Checkpoints::state_buffers() {
 
 void Checkpoints::write(const std::string& path, int64_t step, const std::string& adapter,
                         const std::string& moments) const {
-  make_folders(path);
-  write_file_atomically(path + "/adapter.h5", adapter);
-  write_file_atomically(path + "/state.h5", moments);
+  storage_.make_folders(path);
+  storage_.write_file(path + "/adapter.h5", adapter);
+  storage_.write_file(path + "/state.h5", moments);
   const Manifest manifest{step, identity_.hash, {describe("adapter.h5", adapter), describe("state.h5", moments)}};
-  write_file_atomically(path + "/manifest.json", manifest_json(manifest, identity_.base_model, identity_.libraries));
-  sync_folder(folder_);
+  storage_.write_file(path + "/manifest.json", manifest_json(manifest, identity_.base_model, identity_.libraries));
+  storage_.sync_folder(folder_);
   std::string why;
   if (!verify_checkpoint(path, why)) throw StorageError(path + ": " + why + " right after it was written.");
 }
 
+void Checkpoints::drop(const std::string& path) const {
+  try {
+    storage_.remove(path);
+  } catch (const StorageError&) {
+    // Without a manifest it is no checkpoint, and the next save of its step removes it; with one it is whole.
+  }
+}
+
 std::optional<std::string> Checkpoints::newest() {
   std::string found;
+  passed_over_.clear();
   on_rank_0(mesh_.world(),
             [&] { found = newest_checkpoint(folder_, identity_.hash, passed_over_).value_or(std::string()); });
   found = broadcast_text(mesh_.world(), found);
@@ -125,7 +134,7 @@ TrainingState Checkpoints::load(const std::string& path) {
 
 std::vector<std::string> Checkpoints::start_at(int64_t step) {
   std::vector<std::string> lines;
-  on_rank_0(mesh_.world(), [&] { lines = set_aside_beyond(folder_, step); });
+  on_rank_0(mesh_.world(), [&] { lines = set_aside_beyond(storage_, folder_, step); });
   return lines;
 }
 

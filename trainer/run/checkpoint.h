@@ -12,6 +12,8 @@
 
 namespace corank {
 
+class Storage;
+
 /// Everything of a run that is neither an adapter tensor nor a moment. Random streams are counter-based and have no
 /// state.
 struct TrainingState {
@@ -29,19 +31,19 @@ struct RunIdentity {
 
 /// checkpoint-<step>/ with adapter.h5 (full tensors under PEFT's names), state.h5 (moments, position) and
 /// manifest.json, written last: without a valid manifest a folder is not a checkpoint. Any number of ranks and any
-/// tensor-parallel size can load it. All file writing is data/file.h's.
+/// tensor-parallel size can load it. Written through a Storage alone.
 class Checkpoints {
  public:
-  /// `folder` is output_dir. Borrows the rest.
-  Checkpoints(std::string folder, RunIdentity identity, Retention retention, const Mesh& mesh, ParameterStore& store,
-              Optimizer& optimizer, AdapterMethod& method);
+  /// `folder` is output_dir. Borrows the storage, the mesh and what is saved.
+  Checkpoints(Storage& storage, std::string folder, RunIdentity identity, Retention retention, const Mesh& mesh,
+              ParameterStore& store, Optimizer& optimizer, AdapterMethod& method);
 
   /// Collective over the world; rank 0 writes and reads back. Afterwards those that `retention` does not keep are
-  /// removed. Throws StorageError on every rank if rank 0 could not write.
-  void save(const TrainingState& state);
+  /// removed. Returns the checkpoint's folder, on rank 0. Throws StorageError on every rank if rank 0 could not write.
+  std::string save(const TrainingState& state);
   /// Collective over the world. newest_checkpoint() of output_dir, agreed by all ranks.
   std::optional<std::string> newest();
-  /// Folders that newest() could not use, with the reason; known on rank 0.
+  /// Folders that the last newest() could not use, with the reason; known on rank 0.
   const std::vector<std::string>& passed_over() const { return passed_over_; }
   /// Collective over the world. Loads parameters, moments and the method's state from the folder, and begins the method
   /// anew. InputError or ConfigError (another run).
@@ -53,7 +55,10 @@ class Checkpoints {
   /// What is saved beside the parameters: flat buffers laid out like the masters.
   std::vector<std::pair<std::string, at::Tensor>> state_buffers();
   void write(const std::string& path, int64_t step, const std::string& adapter, const std::string& moments) const;
+  /// Nothing half-written stays, e.g. on a full disk.
+  void drop(const std::string& path) const;
 
+  Storage& storage_;
   std::string folder_;
   RunIdentity identity_;
   Retention retention_;

@@ -12,6 +12,7 @@
 #include "data/file.h"
 #include "data/h5.h"
 #include "data/json_object.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
@@ -130,8 +131,8 @@ template <class Action>
 void tidy(const Action& action) {
   try {
     action();
-  } catch (const fs::filesystem_error& e) {
-    spdlog::warn("{}. It stays there; remove it by hand.", printable(e.what()));
+  } catch (const StorageError& e) {
+    spdlog::warn("{} It stays there; remove it by hand.", printable(e.what()));
   }
 }
 
@@ -145,12 +146,12 @@ bool counts(const std::string& path, const std::string& identity) {
 }
 
 /// Moves the checkpoint of `step` to where none is looked for, and returns the place.
-std::string set_aside(const std::string& folder, int64_t step) {
+std::string set_aside(Storage& storage, const std::string& folder, int64_t step) {
   const std::string place = fmt::format("{}/{}", folder, kSetAside);
-  make_folders(place);
+  storage.make_folders(place);
   std::string aside = path_of(place, step);
   for (int n = 2; fs::exists(fs::symlink_status(aside)); ++n) aside = fmt::format("{}.{}", path_of(place, step), n);
-  fs::rename(path_of(folder, step), aside);
+  storage.rename(path_of(folder, step), aside);
   return aside;
 }
 
@@ -218,28 +219,29 @@ void require_checkpoint(const std::string& path, const std::string& identity) {
   }
 }
 
-std::string free_checkpoint_path(const std::string& folder, int64_t step) {
+std::string free_checkpoint_path(Storage& storage, const std::string& folder, int64_t step) {
   const std::string path = path_of(folder, step);
   if (has_manifest(path)) {
-    set_aside(folder, step);
+    set_aside(storage, folder, step);
   } else {
-    fs::remove_all(path);
+    storage.remove(path);
   }
   return path;
 }
 
-std::vector<std::string> set_aside_beyond(const std::string& folder, int64_t step) {
+std::vector<std::string> set_aside_beyond(Storage& storage, const std::string& folder, int64_t step) {
   std::vector<std::string> lines;
   for (const int64_t other : checkpoint_steps(folder)) {
     const std::string path = path_of(folder, other);
     if (other <= step || !has_manifest(path)) continue;
-    lines.push_back(fmt::format("{} lies ahead of step {}: set aside as {}", path, step, set_aside(folder, other)));
+    lines.push_back(
+        fmt::format("{} lies ahead of step {}: set aside as {}", path, step, set_aside(storage, folder, other)));
   }
   return lines;
 }
 
-void prune_checkpoints(const std::string& folder, const std::string& identity, const Retention& retention,
-                       int64_t just_written) {
+void prune_checkpoints(Storage& storage, const std::string& folder, const std::string& identity,
+                       const Retention& retention, int64_t just_written) {
   const fs::path also = retention.also.empty() ? fs::path() : fs::weakly_canonical(retention.also);
   int64_t kept = 0;
   for (const int64_t step : checkpoint_steps(folder)) {
@@ -248,22 +250,22 @@ void prune_checkpoints(const std::string& folder, const std::string& identity, c
     if (++kept <= retention.limit || step == just_written) continue;
     const std::string leaving = fmt::format("{}/{}{}{}", folder, kPruned, kFolderPrefix, step);
     tidy([&] {
-      fs::remove_all(leaving);
-      fs::rename(path, leaving);
-      fs::remove_all(leaving);
+      storage.remove(leaving);
+      storage.rename(path, leaving);
+      storage.remove(leaving);
     });
   }
 }
 
-void remove_leftovers(const std::string& folder) {
-  remove_temporaries(folder);
+void remove_leftovers(Storage& storage, const std::string& folder) {
+  remove_temporaries(storage, folder);
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
     if (!fs::is_directory(entry.symlink_status())) continue;
     if (name.starts_with(kPruned) && step_in_name(name.substr(std::string(kPruned).size()))) {
-      tidy([&] { fs::remove_all(entry.path()); });
+      tidy([&] { storage.remove(entry.path().string()); });
     } else if (name == "adapter" || name == "model" || step_in_name(name)) {
-      tidy([&] { remove_temporaries(entry.path().string()); });
+      tidy([&] { remove_temporaries(storage, entry.path().string()); });
     }
   }
 }

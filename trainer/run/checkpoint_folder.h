@@ -9,6 +9,8 @@
 /// communicates; the trainer calls it on rank 0.
 namespace corank {
 
+class Storage;
+
 /// What manifest.json says of a checkpoint.
 struct Manifest {
   int64_t step = 0;
@@ -39,12 +41,12 @@ void require_checkpoint(const std::string& path, const std::string& identity);
 
 /// Where the checkpoint of `step` is to be written, free of what an interrupted save left there. What has a manifest is
 /// set aside instead.
-std::string free_checkpoint_path(const std::string& folder, int64_t step);
+std::string free_checkpoint_path(Storage& storage, const std::string& folder, int64_t step);
 
 /// Moves the checkpoints of `folder` beyond `step`, whole or damaged, into its folder set-aside, as
 /// checkpoint-<step>.<n> where that name is taken: the run goes on below them, so they would be taken for its own. One
 /// line for each. Folders without a manifest stay for the save that replaces them.
-std::vector<std::string> set_aside_beyond(const std::string& folder, int64_t step);
+std::vector<std::string> set_aside_beyond(Storage& storage, const std::string& folder, int64_t step);
 
 /// Which checkpoints stay.
 struct Retention {
@@ -56,11 +58,11 @@ struct Retention {
 /// of step `just_written`. Only those count whose manifest is right and whose files have its sizes: what was just
 /// written has been read back, so that the others need not be read for this. Whatever else is there stays. What cannot
 /// be removed is warned of.
-void prune_checkpoints(const std::string& folder, const std::string& identity, const Retention& retention,
-                       int64_t just_written);
+void prune_checkpoints(Storage& storage, const std::string& folder, const std::string& identity,
+                       const Retention& retention, int64_t just_written);
 
 /// Removes what interrupted writes of a run left in `folder`; what cannot be removed is warned of. Only while no other
 /// process writes there.
-void remove_leftovers(const std::string& folder);
+void remove_leftovers(Storage& storage, const std::string& folder);
 
 }  // namespace corank

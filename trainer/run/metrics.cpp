@@ -1,13 +1,13 @@
 #include "trainer/run/metrics.h"
 
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "configs/error.h"
 #include "data/file.h"
 #include "data/json_object.h"
+#include "data/storage.h"
 
 namespace corank {
 namespace {
@@ -18,15 +18,11 @@ constexpr int64_t kMaxBytes = int64_t{1} << 30;
 
 class MetricsFile : public Observer {
  public:
-  MetricsFile(const std::string& path, int64_t resume_step) : path_(path) {
-    const std::string kept = records_until(resume_step);
-    write_file_atomically(path, kept);
-    stream_.open(path, std::ios::app);
-  }
+  MetricsFile(Storage& storage, const std::string& path) : storage_(storage), path_(path) {}
 
+  void on_resume(const ResumeRecord& record) override { storage_.write_file(path_, records_until(record.step)); }
   void on_step(const StepRecord& record) override {
-    stream_ << to_json(record) << std::endl;
-    if (!stream_) throw StorageError(path_ + ": cannot append; is the disk full?");
+    if (record.logged) storage_.append(path_, to_json(record) + "\n");
   }
 
  private:
@@ -49,8 +45,8 @@ class MetricsFile : public Observer {
     }
   }
 
+  Storage& storage_;
   std::string path_;
-  std::ofstream stream_;
 };
 
 }  // namespace
@@ -76,8 +72,8 @@ std::string to_json(const StepRecord& r) {
   return record.dump();
 }
 
-std::unique_ptr<Observer> metrics_file(const std::string& path, int64_t resume_step) {
-  return std::make_unique<MetricsFile>(path, resume_step);
+std::unique_ptr<Observer> metrics_file(Storage& storage, const std::string& path) {
+  return std::make_unique<MetricsFile>(storage, path);
 }
 
 }  // namespace corank

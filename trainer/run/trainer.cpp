@@ -8,6 +8,13 @@
 #include "trainer/ops/device.h"
 
 namespace corank {
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
 
 Trainer::Trainer(StepParts parts, Loader& loader, const std::vector<Batch>& eval_batches, Checkpoints& checkpoints,
                  Ledger& ledger, std::vector<Observer*> observers, TrainerOptions options)
@@ -19,20 +26,53 @@ Trainer::Trainer(StepParts parts, Loader& loader, const std::vector<Batch>& eval
       observers_(std::move(observers)),
       options_(std::move(options)) {}
 
-TrainingState Trainer::run(TrainingState state, const std::function<bool()>& stop) {
-  const int64_t last = options_.schedule.total_steps;
-  loader_.restore(state.loader);
-  while (state.step < last) {
-    const int64_t step = state.step + 1;
-    bool stopping = false;
-    StepRecord record = take_step(step, stop, stopping);
-    state = {step, loader_.state()};
-    if (due(step, options_.eval_steps)) evaluate_into(record);
-    if (due(step, options_.logging_steps) || step == last || record.eval_loss) report(record);
-    if (due(step, options_.save_steps) || step == last || stopping) checkpoints_.save(state);
-    if (stopping) break;
+TrainingState Trainer::start(const StartRecord& record, const std::string& resume) {
+  tell([&](Observer& observer) { observer.on_start(record); });
+  ResumeRecord resumed;
+  if (resume == "auto") {
+    resumed.from = checkpoints_.newest().value_or("");
+    resumed.passed_over = checkpoints_.passed_over();
+  } else if (resume != "never") {
+    resumed.from = resume;
   }
+  const TrainingState state = resumed.from.empty() ? TrainingState() : checkpoints_.load(resumed.from);
+  resumed.step = state.step;
+  resumed.set_aside = checkpoints_.start_at(state.step);
+  tell([&](Observer& observer) { observer.on_resume(resumed); });
   return state;
+}
+
+TrainingState Trainer::run(TrainingState state, const std::function<bool()>& stop,
+                           const std::function<std::string()>& write_result) {
+  const Ledger::Snapshot before = ledger_.snapshot();
+  const int64_t last = options_.schedule.total_steps;
+  EndRecord end;
+  end.first_step = state.step;
+  end.max_steps = last;
+  loader_.restore(state.loader);
+  for (bool going = true; going && state.step < last;) going = advance(state, stop);
+  end.step = state.step;
+  end.bytes = bytes_since(before);
+  if (state.step == last && write_result) end.result = write_result();
+  tell([&](Observer& observer) { observer.on_end(end); });
+  return state;
+}
+
+bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop) {
+  const int64_t step = state.step + 1, last = options_.schedule.total_steps;
+  bool stopping = false;
+  StepRecord record = take_step(step, stop, stopping);
+  state = {step, loader_.state()};
+  if (due(step, options_.eval_steps)) {
+    const EvaluationRecord evaluation = evaluate_after(step);
+    record.eval_loss = evaluation.loss;
+    record.eval_accuracy = evaluation.token_accuracy;
+    tell([&](Observer& observer) { observer.on_evaluation(evaluation); });
+  }
+  record.logged = due(step, options_.logging_steps) || step == last || record.eval_loss;
+  tell([&](Observer& observer) { observer.on_step(record); });
+  if (due(step, options_.save_steps) || step == last || stopping) save(state);
+  return !stopping;
 }
 
 StepRecord Trainer::take_step(int64_t step, const std::function<bool()>& stop, bool& stopping) {
@@ -50,27 +90,39 @@ StepRecord Trainer::take_step(int64_t step, const std::function<bool()>& stop, b
   record.grad_norm = stats.grad_norm;
   record.learning_rate = rate;
   record.target_tokens = stats.target_tokens;
-  record.step_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  record.step_seconds = seconds_since(start);
   record.tokens_per_second = static_cast<double>(stats.tokens) / record.step_seconds;
   record.peak_memory_bytes = peak_memory_bytes(parts_.mesh.device());
-  for (int p = 0; p < kNumPurposes; ++p) record.bytes[p] = ledger_.snapshot()[p] - before[p];
+  record.bytes = bytes_since(before);
   return record;
 }
 
-void Trainer::evaluate_into(StepRecord& record) const {
+EvaluationRecord Trainer::evaluate_after(int64_t step) const {
   try {
-    const EvalResult eval = evaluate(parts_.mesh, parts_.model, eval_batches_);
-    record.eval_loss = eval.loss;
-    record.eval_accuracy = eval.token_accuracy;
+    const EvalResult result = evaluate(parts_.mesh, parts_.model, eval_batches_);
+    return {step, result.loss, result.token_accuracy, result.target_tokens};
   } catch (const InputError& e) {
-    throw InputError(fmt::format("evaluation after step {}: {} To train on without evaluation, set eval_steps: 0.",
-                                 record.step, e.what()));
+    throw InputError(
+        fmt::format("evaluation after step {}: {} To train on without evaluation, set eval_steps: 0.", step, e.what()));
   }
 }
 
-void Trainer::report(const StepRecord& record) {
+void Trainer::save(const TrainingState& state) {
+  const auto start = std::chrono::steady_clock::now();
+  SaveRecord record{state.step, checkpoints_.save(state)};
+  record.seconds = seconds_since(start);
+  tell([&](Observer& observer) { observer.on_save(record); });
+}
+
+Ledger::Snapshot Trainer::bytes_since(const Ledger::Snapshot& before) const {
+  Ledger::Snapshot bytes = ledger_.snapshot();
+  for (int p = 0; p < kNumPurposes; ++p) bytes[p] = bytes[p] - before[p];
+  return bytes;
+}
+
+void Trainer::tell(const std::function<void(Observer&)>& event) const {
   if (parts_.mesh.world().rank() != 0) return;
-  for (Observer* observer : observers_) observer->on_step(record);
+  for (Observer* observer : observers_) event(*observer);
 }
 
 }  // namespace corank

@@ -24,8 +24,8 @@ class StoredBytes {
 class Residency {
  public:
   virtual ~Residency() = default;
-  /// Takes over a weight's tensors, which are on the run's device. `order`: its place in forward, from 0; weights of one
-  /// input share a number, and it comes again where a weight is made anew.
+  /// Takes over a weight's tensors, which are on the run's device. `order`: its place in forward, from 0; weights of
+  /// one input share a number, and it comes again where a weight is made anew.
   virtual std::unique_ptr<StoredBytes> keep(int64_t order, std::vector<at::Tensor> tensors) = 0;
   /// Memory of [O, I] in which several weights of one input may lie one above the other, so that they can be one
   /// product; undefined where weights come and go one by one.
