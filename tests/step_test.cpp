@@ -10,7 +10,7 @@
 namespace corank::test {
 namespace {
 
-ModelOptions tiny() {
+ModelOptions tiny_step_model() {
   ModelOptions options;
   options.shape = "tiny-llama";
   options.dtype = at::kFloat;
@@ -27,7 +27,7 @@ StepBatches step_of(const Batch& batch) { return {{batch}, batch.num_targets(), 
 
 // Momentum and decay would move the weights without a gradient too.
 TEST(Step, WithoutATargetMovesNothing) {
-  TrainingRun run(nullptr, 1, tiny(), AdapterConfig(), {{}, 0.1});
+  TrainingRun run(nullptr, 1, tiny_step_model(), AdapterConfig(), {{}, 0.1});
   run.step(step_of(batch_with(3)), 1, 1e-2);
   const at::Tensor masters = run.store.masters().clone(), moments = run.optimizer->exp_avg().clone();
   EXPECT_GT(moments.abs().max().item<double>(), 0);
@@ -64,7 +64,7 @@ TEST(Step, ThatIsNotFiniteMovesNothingOfAnyMethod) {
     if (method == "mora") {
       adapter.options.edit<MoraConfig>() = {.steps = 3, .types = {1, 2}, .warmup_steps = 1};
     }
-    TrainingRun run(nullptr, 1, tiny(), adapter, {{}, 0.1});
+    TrainingRun run(nullptr, 1, tiny_step_model(), adapter, {{}, 0.1});
     for (const int64_t step : {1, 2}) run.step(step_of(batch_with(3)), step, 1e-2);
     const std::vector<at::Tensor> before = state_of(run);
     const NamedWeight norm = run.model->other_weights().back();
@@ -81,7 +81,7 @@ TEST(Step, ThatIsNotFiniteMovesNothingOfAnyMethod) {
 TEST(Step, GradientsAreClippedToTheNormAndNotBelow) {
   std::vector<at::Tensor> moments;
   for (const double most : {0.0, 1e6, 1e-3}) {
-    TrainingRun run(nullptr, 1, tiny(), AdapterConfig());
+    TrainingRun run(nullptr, 1, tiny_step_model(), AdapterConfig());
     const double norm = run.step(step_of(batch_with(3)), 1, 0, most).grad_norm;
     moments.push_back(run.optimizer->exp_avg() * (most == 1e-3 ? (norm + 1e-6) / most : 1));
   }
@@ -90,7 +90,7 @@ TEST(Step, GradientsAreClippedToTheNormAndNotBelow) {
 }
 
 TEST(Step, SaysThatItShallStopOnlyWhereAskedTo) {
-  TrainingRun run(nullptr, 1, tiny(), AdapterConfig());
+  TrainingRun run(nullptr, 1, tiny_step_model(), AdapterConfig());
   const auto stops = [&](const std::function<bool()>& stop) {
     return train_step(run.parts(), step_of(batch_with(3)), 1, {1e-2, 1.0, 42, stop}).stop;
   };
