@@ -78,12 +78,6 @@ void on_rank_0(Communicator& world, const std::function<void()>& work) {
   throw_error(static_cast<ExitCode>(std::stoi(failure.substr(0, blank))), failure.substr(blank + 1));
 }
 
-bool any_rank(Communicator& world, bool flag) {
-  const at::Tensor value = scalar(flag ? 1 : 0, world);
-  world.all_reduce(value, ReduceOp::max, Purpose::data_control);
-  return value.item<int64_t>() != 0;
-}
-
 void require_equal(Communicator& world, const std::string& text, const std::string& what) {
   const bool differs = broadcast_text(world, text) != text;
   const at::Tensor value = scalar(differs ? world.rank() : -1, world);

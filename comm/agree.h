@@ -11,8 +11,6 @@ namespace corank {
 std::string broadcast_text(Communicator& world, const std::string& text);
 /// Collective over `world`. Runs `work` on rank 0 alone; if it throws, every rank throws the same error.
 void on_rank_0(Communicator& world, const std::function<void()>& work);
-/// Collective over `world`. True on every rank if `flag` is on any.
-bool any_rank(Communicator& world, bool flag);
 /// Collective over `world`. DisagreeError on every rank unless all hold the same text (`what` names it).
 void require_equal(Communicator& world, const std::string& text, const std::string& what);
 

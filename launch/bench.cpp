@@ -50,8 +50,9 @@ StepBatches Bench::next() {
 StepStats Bench::step(const StepBatches& batches, int64_t number) {
   const RunConfig& run = session_.run();
   const StepParts parts{session_.mesh(), session_.model(), session_.method(), session_.store(), optimizer_, reducer_};
-  return train_step(parts, batches, number,
-                    {run.train.learning_rate, run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed)});
+  return train_step(
+      parts, batches, number,
+      {run.train.learning_rate, run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed), [] { return false; }});
 }
 
 }  // namespace corank

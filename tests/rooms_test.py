@@ -112,6 +112,43 @@ class Writers(unittest.TestCase):
             self.assertEqual(list(writers([("trainer/run/x.cpp", text)])), [], text)
 
 
+MOST_LINES = 60
+NO_CODE = re.compile(r'R"\((?:.|\n)*?\)"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|//[^\n]*')
+
+
+def functions(text):
+    """(head, lines) of each function body: a block behind a parenthesis that no control statement opened."""
+    code = NO_CODE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
+    open_blocks, start = [], 0
+    for place in re.finditer(r"[;{}]", code):
+        head = code[start:place.start()]
+        if place[0] == "{":
+            words = re.sub(r"^\s*#.*$", "", head, flags=re.M).strip()
+            is_body = ")" in words and not re.match(r"(if|for|while|switch|else|do|catch|namespace|struct|class|enum)\b", words)
+            open_blocks.append((words, start + len(head) - len(head.lstrip()), is_body))
+        elif place[0] == "}" and open_blocks:
+            words, begin, is_body = open_blocks.pop()
+            if is_body:
+                yield words, code.count("\n", begin, place.start()) + 1
+        start = place.end()
+
+
+def long_functions(texts):
+    return [f"{name}: {lines} lines: {' '.join(head.split())[:80]}" for name, text in texts for head, lines in functions(text)
+            if lines > MOST_LINES]
+
+
+class Functions(unittest.TestCase):
+    def test_none_is_longer_than_a_screen(self):
+        self.assertEqual(long_functions(sources()), [])
+        self.assertGreater(sum(1 for _, text in sources() for _ in functions(text)), 1000)
+
+    def test_a_long_one_is_found(self):
+        body = "  if (x) {\n    g();\n  }\n" * 20
+        self.assertEqual(long_functions([("a.cpp", "int f(int x) {\n" + body[:-1] + "\n}\n")])[0][:16], "a.cpp: 62 lines:")
+        self.assertEqual(long_functions([("a.cpp", "int f(int x) {\n" + body[:-30] + "\n}\n")]), [])
+
+
 class Rooms(unittest.TestCase):
     def setUp(self):
         self.known = rooms((ROOT / "docs/design.md").read_text())

@@ -99,5 +99,28 @@ TEST(Step, SaysThatItShallStopOnlyWhereAskedTo) {
   EXPECT_FALSE(stops({}));
 }
 
+/// As experts need it: a linear that sees some of the tokens gives what it gives them among all, dropout's mask
+/// included.
+TEST(Linear, SeesSomeOfTheRows) {
+  AdapterConfig adapter;
+  adapter.lora_dropout = 0.5;
+  TrainingRun run(nullptr, 1, tiny_step_model(), adapter);
+  run.step(step_of(batch_with(3)), 1, 1e-2);  // B is no longer zero
+  const at::AutoGradMode no_grad(false);
+  const Batch batch = batch_with(3);
+  SegmentAttention attention(batch);
+  const ForwardContext context{batch, attention, run.mesh.tp(), /*training=*/true, 42, 2};
+  const AdaptedLinear* linear = run.model->linears().front();
+  const at::Tensor x_NI = at::linspace(-1, 1, 6 * linear->site().in).view({6, -1});
+  const at::Tensor rows = at::tensor({4, 1}, at::kLong), some_NI = x_NI.index_select(0, rows);
+  const at::Tensor all_NO = column_forward({linear}, x_NI, context)[0];
+  const auto error = [&](const at::Tensor& of) {
+    return relative_error(column_forward({linear}, some_NI, context, of)[0], all_NO.index_select(0, rows));
+  };
+  EXPECT_LT(error(rows), 1e-6);
+  EXPECT_GT(error(at::tensor({1, 4}, at::kLong)), 1e-6) << "other tokens have other masks";
+  EXPECT_THROW(error({}), c10::Error) << "as many slots as rows";
+}
+
 }  // namespace
 }  // namespace corank::test

@@ -3,7 +3,6 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include "comm/agree.h"
 #include "launch/bench.h"
 #include "launch/bytes_table.h"
 #include "launch/checks.h"
@@ -30,7 +29,6 @@ Report measure(const RunConfig& run, const World& world) {
   const auto predicted = predicted_bytes(session, session.run().adapter, sizes);
   const Ledger::Snapshot before = session.ledger().snapshot();
   bench.step(batches, 1);
-  any_rank(session.mesh().world(), false);  // the trainer's question whether to stop belongs to a step
   Report report;
   for (const Purpose purpose : kStepPurposes) {
     const auto i = static_cast<size_t>(purpose);

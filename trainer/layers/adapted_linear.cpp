@@ -89,7 +89,7 @@ void AdaptedLinear::train_base(ParameterStore& store) {
   store.add(std::move(bias));
 }
 
-Projection AdaptedLinear::projection(const ForwardContext& context) const {
+Projection AdaptedLinear::projection(const ForwardContext& context, const at::Tensor& rows_N) const {
   Projection p;
   p.matrix = weight_.get();
   p.matrix_leaf = weight_leaf_;
@@ -98,21 +98,23 @@ Projection AdaptedLinear::projection(const ForwardContext& context) const {
   ops::Dropout dropout;
   if (context.training && adapter_->dropout() > 0) {
     dropout = {adapter_->dropout(), ops::key_of(context.seed, "dropout", site_.name, context.step),
-               context.batch.slots_N, site_.row() ? site_.in_shard.start : 0};
+               rows_N.defined() ? context.batch.slots_N.index_select(0, rows_N) : context.batch.slots_N,
+               site_.row() ? site_.in_shard.start : 0};
   }
   p.update = adapter_->update(dropout);
   return p;
 }
 
 std::vector<at::Tensor> column_forward(const std::vector<const AdaptedLinear*>& linears, const at::Tensor& x_NI,
-                                       const ForwardContext& context) {
+                                       const ForwardContext& context, const at::Tensor& rows_N) {
   std::vector<Projection> projections;
-  for (const AdaptedLinear* linear : linears) projections.push_back(linear->projection(context));
+  for (const AdaptedLinear* linear : linears) projections.push_back(linear->projection(context, rows_N));
   return project(enter_tensor_region(x_NI, context.tp), std::move(projections));
 }
 
-at::Tensor row_forward(const AdaptedLinear& linear, const at::Tensor& x_NI, const ForwardContext& context) {
-  return leave_tensor_region(project(x_NI, {linear.projection(context)})[0], context.tp);
+at::Tensor row_forward(const AdaptedLinear& linear, const at::Tensor& x_NI, const ForwardContext& context,
+                       const at::Tensor& rows_N) {
+  return leave_tensor_region(project(x_NI, {linear.projection(context, rows_N)})[0], context.tp);
 }
 
 }  // namespace corank

@@ -51,7 +51,8 @@ class AdaptedLinear {
   /// Registers weight and bias as trainable (full fine-tuning).
   void train_base(ParameterStore& store);
 
-  Projection projection(const ForwardContext& context) const;
+  /// `rows_N`: which tokens of the batch the input's rows are, int64; undefined: all, in their order.
+  Projection projection(const ForwardContext& context, const at::Tensor& rows_N = {}) const;
 
  private:
   LinearSite site_;
@@ -65,9 +66,11 @@ class AdaptedLinear {
 };
 
 /// Collective over tp in backward. Column-parallel linears that read one input x_NI: local outputs [N, O_i / T].
+/// `rows_N` as in AdaptedLinear::projection, equal on all tp ranks: linears that see some of the tokens only (experts).
 std::vector<at::Tensor> column_forward(const std::vector<const AdaptedLinear*>& linears, const at::Tensor& x_NI,
-                                       const ForwardContext& context);
+                                       const ForwardContext& context, const at::Tensor& rows_N = {});
 /// Collective over tp in forward. Row-parallel: x holds this rank's features; returns the full [N, O].
-at::Tensor row_forward(const AdaptedLinear& linear, const at::Tensor& x_NI, const ForwardContext& context);
+at::Tensor row_forward(const AdaptedLinear& linear, const at::Tensor& x_NI, const ForwardContext& context,
+                       const at::Tensor& rows_N = {});
 
 }  // namespace corank

@@ -166,4 +166,14 @@ at::Tensor full_logits(const at::Tensor& h_MD, const VocabularyHead& head, Commu
   return all_VM.narrow(0, 0, head.vocab_size).t().contiguous();
 }
 
+at::Tensor NextToken::loss_sum(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
+                               Communicator& tp) const {
+  return cross_entropy(h_ND, target_rows_M, targets_M, head_, tp);
+}
+
+at::Tensor NextToken::score(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
+                            Communicator& tp) const {
+  return corank::score(h_ND, target_rows_M, targets_M, head_, tp);
+}
+
 }  // namespace corank

@@ -1,5 +1,5 @@
 #pragma once
-#include "comm/communicator.h"
+#include "trainer/layers/task_head.h"
 #include "trainer/ops/weight.h"
 
 namespace corank {
@@ -27,5 +27,18 @@ at::Tensor score(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const 
 
 /// Collective over tp. The logits of rows h_MD as every rank needs them for generation: [M, vocab_size], float32.
 at::Tensor full_logits(const at::Tensor& h_MD, const VocabularyHead& head, Communicator& tp);
+
+/// The next token: cross_entropy() and score() over a vocabulary.
+class NextToken : public TaskHead {
+ public:
+  explicit NextToken(VocabularyHead head) : head_(std::move(head)) {}
+  at::Tensor loss_sum(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
+                      Communicator& tp) const override;
+  at::Tensor score(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
+                   Communicator& tp) const override;
+
+ private:
+  VocabularyHead head_;
+};
 
 }  // namespace corank

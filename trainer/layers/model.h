@@ -25,13 +25,15 @@ struct NamedWeight {
   GradientScope scope = GradientScope::data;
 };
 
-/// A decoder-only language model: a body and a head. Owns its frozen weights and the adapters on them; no training
-/// state.
+/// A body and a head. Owns its frozen weights and the adapters on them; no training state.
 class Model {
  public:
   virtual ~Model() = default;
   /// Collective over tp. The last hidden state [N, D], after the final norm, of every token of the batch.
   virtual at::Tensor forward(const ForwardContext& context) const = 0;
+  /// What its last hidden states are for.
+  virtual std::unique_ptr<const TaskHead> task() const = 0;
+  /// Of language models (generation).
   virtual VocabularyHead head() const = 0;
   /// The linears of the blocks, in a fixed order that is the same on all ranks.
   virtual std::vector<AdaptedLinear*> linears() = 0;

@@ -394,6 +394,7 @@ class Decoder : public Model {
     return final_norm_.add(stream.h_ND, stream.delta_ND).second;
   }
 
+  std::unique_ptr<const TaskHead> task() const override { return std::make_unique<NextToken>(head()); }
   VocabularyHead head() const override {
     return {config_.tied_head ? embedding_ : head_, vocab_shard_.start, config_.vocab_size};
   }
@@ -445,32 +446,62 @@ void require_divides(const char* what, int64_t size, int tensor) {
       tensor, size, what));
 }
 
+class DecoderBlueprint : public Blueprint {
+ public:
+  explicit DecoderBlueprint(DecoderConfig config) : config_(std::move(config)) {}
+
+  void check_split(int tensor) const override {
+    require_divides("attention heads (num_attention_heads)", config_.num_heads, tensor);
+    require_divides("key-value heads (num_key_value_heads)", config_.num_kv_heads, tensor);
+    require_divides("feed-forward features (intermediate_size)", config_.intermediate_size, tensor);
+  }
+
+  void check_positions(const std::string& origin, int64_t positions) const override {
+    if (const int64_t most = config_.rope.most_positions; most > 0 && positions > most) {
+      throw InputError(fmt::format(
+          "{}: its rope_scaling (rope_parameters) of type dynamic is followed up to max_position_embeddings, "
+          "{}: beyond it the frequencies depend on the longest sequence of a batch. data.seq_len (in "
+          "generation: prompt and new tokens together) asks for {}. Ask for {} at most.",
+          origin, most, positions, most));
+    }
+    if (config_.num_positions == 0 || positions <= config_.num_positions) return;
+    throw ConfigError(
+        fmt::format("data.seq_len (in generation: prompt and new tokens together): {} tokens are more than the {} "
+                    "positions that the model has learned. Ask for {} at most.",
+                    positions, config_.num_positions, config_.num_positions));
+  }
+
+  std::string embedding() const override { return config_.names.embedding + ".weight"; }
+
+  /// Files that hold another head are believed more than tie_word_embeddings, as in transformers.
+  std::unique_ptr<Model> build(const ModelOptions& options, std::shared_ptr<WeightSource> weights,
+                               Communicator& tp) const override {
+    DecoderConfig config = config_;
+    if (weights->differ(embedding(), config.names.head + ".weight")) config.tied_head = false;
+    return std::make_unique<Decoder>(config, options, PartLoader(config, options, std::move(weights), tp), tp);
+  }
+
+ private:
+  DecoderConfig config_;
+};
+
+std::string last_part(const std::string& name) { return name.substr(name.rfind('.') + 1); }
+
 }  // namespace
 
-void check_split(const DecoderConfig& config, int tensor) {
-  require_divides("attention heads (num_attention_heads)", config.num_heads, tensor);
-  require_divides("key-value heads (num_key_value_heads)", config.num_kv_heads, tensor);
-  require_divides("feed-forward features (intermediate_size)", config.intermediate_size, tensor);
+std::unique_ptr<Blueprint> decoder_blueprint(DecoderConfig config) {
+  return std::make_unique<DecoderBlueprint>(std::move(config));
 }
 
-void check_positions(const DecoderConfig& config, const std::string& origin, int64_t positions) {
-  if (const int64_t most = config.rope.most_positions; most > 0 && positions > most) {
-    throw InputError(
-        fmt::format("{}: its rope_scaling (rope_parameters) of type dynamic is followed up to max_position_embeddings, "
-                    "{}: beyond it the frequencies depend on the longest sequence of a batch. data.seq_len (in "
-                    "generation: prompt and new tokens together) asks for {}. Ask for {} at most.",
-                    origin, most, positions, most));
+FamilyModules decoder_modules(const DecoderNames& names) {
+  FamilyModules modules{{last_part(names.embedding)}, {last_part(names.head)}, {}};
+  for (const std::string& name : {names.head, names.embedding, names.positions, names.final_norm}) {
+    if (!name.empty()) modules.others.push_back(name);
   }
-  if (config.num_positions == 0 || positions <= config.num_positions) return;
-  throw ConfigError(
-      fmt::format("data.seq_len (in generation: prompt and new tokens together): {} tokens are more than the {} "
-                  "positions that the model has learned. Ask for {} at most.",
-                  positions, config.num_positions, config.num_positions));
-}
-
-std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options,
-                                    std::shared_ptr<WeightSource> weights, Communicator& tp) {
-  return std::make_unique<Decoder>(config, options, PartLoader(config, options, std::move(weights), tp), tp);
+  for (const std::string& name : {names.attention_norm, names.feed_forward_norm, names.q_norm, names.k_norm}) {
+    if (!name.empty()) modules.others.push_back(names.layers + ".0." + name);
+  }
+  return modules;
 }
 
 }  // namespace corank

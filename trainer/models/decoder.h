@@ -5,11 +5,9 @@
 #include <vector>
 
 #include "trainer/layers/rope_table.h"
-#include "trainer/models/families.h"
+#include "trainer/models/blueprint.h"
 
 namespace corank {
-
-class ConfigFile;
 
 /// Hugging Face's names of a family's modules; those of a layer stand below "<layers>.<i>.". An empty name: the family
 /// has no such part. One name where the default has several: one linear that holds their rows one after another.
@@ -58,15 +56,8 @@ struct DecoderConfig {
   std::vector<int64_t> windows;  ///< of each layer, as in ops::AttentionRule; empty: none has one
 };
 
-/// ConfigError if heads, key-value heads or the feed-forward size do not divide by `tensor`.
-void check_split(const DecoderConfig& config, int tensor);
-
-/// ConfigError if sequences of `positions` tokens are longer than the model has learned positions, InputError if they
-/// are longer than its dynamic scaling of rotary ones allows.
-void check_positions(const DecoderConfig& config, const std::string& origin, int64_t positions);
-
-std::unique_ptr<Model> make_decoder(const DecoderConfig& config, const ModelOptions& options,
-                                    std::shared_ptr<WeightSource> weights, Communicator& tp);
+std::unique_ptr<Blueprint> decoder_blueprint(DecoderConfig config);
+FamilyModules decoder_modules(const DecoderNames& names);
 
 /// What transformers takes for sizes that config.json leaves out.
 struct FamilyDefaults {
@@ -81,18 +72,5 @@ struct FamilyDefaults {
 /// What the families below share: sizes, RMSNorm, rotary positions, silu.
 DecoderConfig llama_like_config(const ConfigFile& file, const FamilyDefaults& defaults);
 double get_norm_eps(const ConfigFile& file, const char* key, double default_value);
-
-// The families of the table in families.cpp, one file each: names of their modules; what reads config.json and refuses
-// what it cannot honour.
-DecoderNames llama_names();
-DecoderNames qwen3_names();
-DecoderNames phi3_names();
-DecoderNames gpt2_names();
-DecoderConfig llama_config(const ConfigFile& file);
-DecoderConfig qwen2_config(const ConfigFile& file);
-DecoderConfig qwen3_config(const ConfigFile& file);
-DecoderConfig mistral_config(const ConfigFile& file);
-DecoderConfig phi3_config(const ConfigFile& file);
-DecoderConfig gpt2_config(const ConfigFile& file);
 
 }  // namespace corank

@@ -4,6 +4,7 @@
 #include "trainer/models/decoder.h"
 
 namespace corank {
+namespace {
 
 DecoderNames gpt2_names() {
   DecoderNames names;
@@ -20,8 +21,6 @@ DecoderNames gpt2_names() {
   names.buffers = {"attn.bias", "attn.masked_bias"};  // the causal mask
   return names;
 }
-
-namespace {
 
 /// Names of the tanh form of gelu.
 const std::set<std::string> kGelus{"gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"};
@@ -46,12 +45,15 @@ int64_t get_size(const ConfigFile& file, const char* key, const char* alias, int
 
 }  // namespace
 
-DecoderConfig gpt2_config(const ConfigFile& file) {
+FamilyModules gpt2_modules() { return decoder_modules(gpt2_names()); }
+
+std::unique_ptr<Blueprint> read_gpt2(const ConfigFile& file) {
   file.ignore({"n_ctx", "n_special", "predict_special_tokens", "reorder_and_upcast_attn", "summary_activation",
                "summary_first_dropout", "summary_proj_to_labels", "summary_type",
                "summary_use_proj"});  // no part of the result
   refuse_variants(file);
   DecoderConfig c;
+  c.names = gpt2_names();
   c.vocab_size = file.get_size("vocab_size", 50257);
   c.hidden_size = get_size(file, "n_embd", "hidden_size", 768);
   c.intermediate_size = file.has("n_inner") ? file.get_size("n_inner", 0) : 4 * c.hidden_size;
@@ -69,7 +71,7 @@ DecoderConfig gpt2_config(const ConfigFile& file) {
   c.embedding_dropout = file.get_probability("embd_pdrop", 0.1);
   c.attention_dropout = file.get_probability("attn_pdrop", 0.1);
   c.residual_dropout = file.get_probability("resid_pdrop", 0.1);
-  return c;
+  return decoder_blueprint(std::move(c));
 }
 
 }  // namespace corank

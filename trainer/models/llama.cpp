@@ -47,9 +47,9 @@ DecoderConfig llama_like_config(const ConfigFile& file, const FamilyDefaults& de
   return c;
 }
 
-DecoderNames llama_names() { return {}; }
+FamilyModules llama_modules() { return decoder_modules({}); }
 
-DecoderConfig llama_config(const ConfigFile& file) {
+std::unique_ptr<Blueprint> read_llama(const ConfigFile& file) {
   file.ignore({"sliding_window", "use_sliding_window", "max_window_layers"});  // no window in transformers' Llama
   DecoderConfig c = llama_like_config(file, {.vocab_size = 32000,
                                              .hidden_size = 4096,
@@ -62,7 +62,7 @@ DecoderConfig llama_config(const ConfigFile& file) {
   c.qkv_bias = c.attention_out_bias = file.get<bool>("attention_bias", false);
   c.mlp_bias = file.get<bool>("mlp_bias", false);
   c.windows = layer_windows(file, c.num_layers, std::nullopt);
-  return c;
+  return decoder_blueprint(std::move(c));
 }
 
 }  // namespace corank

@@ -3,7 +3,7 @@
 
 namespace corank {
 
-DecoderConfig mistral_config(const ConfigFile& file) {
+std::unique_ptr<Blueprint> read_mistral(const ConfigFile& file) {
   file.ignore({"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers"});  // no bias, one rule for all
   DecoderConfig c = llama_like_config(file, {.vocab_size = 32000,
                                              .hidden_size = 4096,
@@ -14,7 +14,7 @@ DecoderConfig mistral_config(const ConfigFile& file) {
                                              .max_positions = 131072,
                                              .nullable = {"head_dim"}});
   c.windows = layer_windows(file, c.num_layers, sliding_window(file, 4096));
-  return c;
+  return decoder_blueprint(std::move(c));
 }
 
 }  // namespace corank

@@ -26,16 +26,6 @@ std::vector<int64_t> qwen_windows(const ConfigFile& file, int64_t num_layers) {
   return layer_windows(file, num_layers, std::nullopt);
 }
 
-}  // namespace
-
-DecoderConfig qwen2_config(const ConfigFile& file) {
-  file.ignore({"attention_bias", "mlp_bias"});  // q, k and v always have one, the others never
-  DecoderConfig c = llama_like_config(file, qwen_defaults());
-  c.qkv_bias = true;
-  c.windows = qwen_windows(file, c.num_layers);
-  return c;
-}
-
 DecoderNames qwen3_names() {
   DecoderNames names;
   names.q_norm = "self_attn.q_norm";
@@ -43,14 +33,27 @@ DecoderNames qwen3_names() {
   return names;
 }
 
-DecoderConfig qwen3_config(const ConfigFile& file) {
+}  // namespace
+
+FamilyModules qwen3_modules() { return decoder_modules(qwen3_names()); }
+
+std::unique_ptr<Blueprint> read_qwen2(const ConfigFile& file) {
+  file.ignore({"attention_bias", "mlp_bias"});  // q, k and v always have one, the others never
+  DecoderConfig c = llama_like_config(file, qwen_defaults());
+  c.qkv_bias = true;
+  c.windows = qwen_windows(file, c.num_layers);
+  return decoder_blueprint(std::move(c));
+}
+
+std::unique_ptr<Blueprint> read_qwen3(const ConfigFile& file) {
   file.ignore({"mlp_bias"});
   FamilyDefaults defaults = qwen_defaults();
   defaults.head_dim = 128;
   DecoderConfig c = llama_like_config(file, defaults);
+  c.names = qwen3_names();
   c.qkv_bias = c.attention_out_bias = file.get<bool>("attention_bias", false);
   c.windows = qwen_windows(file, c.num_layers);
-  return c;
+  return decoder_blueprint(std::move(c));
 }
 
 }  // namespace corank

@@ -115,6 +115,24 @@ struct Updated {
   const Factor *w[kMostRowNorms], *a[kMostRowNorms], *b[kMostRowNorms];
 };
 
+/// sum += the squares of w + scale low.
+__device__ void add_squares(float& sum, const Pack<Factor, 8>& w, const float* low, float scale) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float value = static_cast<float>(w.v[j]) + scale * low[j];
+    sum += value * value;
+  }
+}
+
+/// Over `lanes` threads of a warp that stand side by side.
+template <int lanes>
+__device__ float sum_of_neighbours(float value) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  }
+  return value;
+}
+
 __global__ void __launch_bounds__(kThreads, 2)
     squared_rows(Updated updated, float scale, float* __restrict__ partial, int64_t rows, int64_t width, int r) {
   const Factor *__restrict__ w = updated.w[blockIdx.z], *__restrict__ a = updated.a[blockIdx.z],
@@ -124,10 +142,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ __align__(32) float sums[kTileRows * kSumStride];
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const int my_row = threadIdx.x / kPacks, my_column = threadIdx.x % kPacks * 8;  // and every 16th row below
+  const int64_t first_column = int64_t{blockIdx.y} * kTilesOfBlock * kTileColumns + my_column;
+  const auto column_of = [&](int tile) { return first_column + int64_t{tile} * kTileColumns; };
   float squares[kMine] = {};
-  const auto column_of = [&](int tile) {
-    return (int64_t{blockIdx.y} * kTilesOfBlock + tile) * kTileColumns + my_column;
-  };
   Pack<Factor, 8> next[kMine];
   const auto read = [&](int tile) {
 #pragma unroll
@@ -160,23 +177,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const float* low = sums + (my_row + i * (kThreads / kPacks)) * kSumStride + my_column;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float value = static_cast<float>(mine[i].v[j]) + scale * low[j];
-        squares[i] += value * value;
-      }
+      add_squares(squares[i], mine[i], sums + (my_row + i * (kThreads / kPacks)) * kSumStride + my_column, scale);
     }
   }
   static_assert(kPacks == 16 && kThreads / kPacks == kDepth);
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
-    for (int distance = kPacks / 2; distance > 0; distance /= 2) {
-      squares[i] += __shfl_xor_sync(0xFFFFFFFFu, squares[i], distance);
-    }
+    const float sum = sum_of_neighbours<kPacks>(squares[i]);
     const int64_t row = first_row + my_row + i * (kThreads / kPacks);
     if (threadIdx.x % kPacks == 0 && row < rows) {
-      partial[(int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * rows + row] = squares[i];
+      partial[(int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * rows + row] = sum;
     }
   }
 }

@@ -14,7 +14,7 @@ namespace {
 /// Sum of token losses of one micro-batch, a float64 scalar.
 at::Tensor loss_sum(const Model& model, const ForwardContext& context) {
   const at::Tensor h_ND = model.forward(context);
-  return cross_entropy(h_ND, context.batch.target_rows_M, context.batch.targets_M, model.head(), context.tp);
+  return model.task()->loss_sum(h_ND, context.batch.target_rows_M, context.batch.targets_M, context.tp);
 }
 
 /// Collective over dp. Targets and tokens of the global batch: int64 [2] on the device.
@@ -113,8 +113,8 @@ int64_t lowest_not_finite(const Model& model, const Batch& batch, Communicator& 
     end_row += batch.lengths[s];
     const int64_t first = target;
     while (target < batch.num_targets() && rows[target] < end_row) ++target;
-    const at::Tensor sums = score(h_ND, batch.target_rows_M.narrow(0, first, target - first),
-                                  batch.targets_M.narrow(0, first, target - first), model.head(), tp);
+    const at::Tensor sums = model.task()->score(h_ND, batch.target_rows_M.narrow(0, first, target - first),
+                                                batch.targets_M.narrow(0, first, target - first), tp);
     if (!std::isfinite(sums[0].item<double>())) lowest = std::min(lowest, batch.samples[s]);
   }
   return lowest;
@@ -145,7 +145,7 @@ EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batc
     const Batch batch = on_host.to(mesh.device());
     SegmentAttention attention(batch);
     const at::Tensor h_ND = model.forward({batch, attention, mesh.tp()});
-    sums.narrow(0, 0, 2).add_(score(h_ND, batch.target_rows_M, batch.targets_M, model.head(), mesh.tp()));
+    sums.narrow(0, 0, 2).add_(model.task()->score(h_ND, batch.target_rows_M, batch.targets_M, mesh.tp()));
     sums[2] += static_cast<double>(batch.num_targets());
   }
   mesh.dp().all_reduce(sums, ReduceOp::sum, Purpose::data_control);
