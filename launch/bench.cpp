@@ -35,7 +35,8 @@ Bench::Bench(Session& session)
     : session_(session),
       optimizer_(session.store(), session.run().train.optimizer),
       reducer_(session.mesh(), session.store().gradients_of(GradientScope::everywhere),
-               session.store().gradients_of(GradientScope::data), session.method().gradient_purpose()) {
+               session.store().gradients_of(GradientScope::data), session.method().gradient_purpose()),
+      dropout_(static_cast<uint64_t>(session.run().train.seed), session.mesh().device()) {
   const RunConfig& run = session.run();
   if (run.data.train.empty()) return;
   data_ = std::make_unique<TokenFile>(run.data.train);
@@ -49,10 +50,9 @@ StepBatches Bench::next() {
 
 StepStats Bench::step(const StepBatches& batches, int64_t number) {
   const RunConfig& run = session_.run();
-  const StepParts parts{session_.mesh(), session_.model(), session_.method(), session_.store(), optimizer_, reducer_};
-  return train_step(
-      parts, batches, number,
-      {run.train.learning_rate, run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed), [] { return false; }});
+  const StepParts parts{session_.mesh(), session_.model(), session_.method(), session_.store(),
+                        optimizer_,      reducer_,         dropout_};
+  return train_step(parts, batches, number, {run.train.learning_rate, run.train.max_grad_norm, [] { return false; }});
 }
 
 }  // namespace corank

@@ -21,6 +21,7 @@ class Bench {
   Session& session_;
   Optimizer optimizer_;
   GradReducer reducer_;
+  DropoutKeys dropout_;
   std::unique_ptr<TokenFile> data_;
   std::unique_ptr<Loader> loader_;
 };

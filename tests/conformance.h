@@ -172,7 +172,12 @@ inline at::Tensor local_input(const LinearSite& site, const at::Tensor& x) {
 class Pass {
  public:
   Pass(const Parts& p, bool training)
-      : batch_(slots(p)), attention_(batch_), context_{batch_, attention_, p.mesh.tp(), training, 7, 1} {}
+      : batch_(slots(p)),
+        attention_(batch_),
+        dropout_(7, p.mesh.device()),
+        context_{batch_, attention_, p.mesh.tp(), training ? &dropout_ : nullptr} {
+    dropout_.begin(1);
+  }
 
   /// This rank's rows of a column-parallel linear's output, its part of the sum of a row-parallel one's.
   at::Tensor operator()(const AdaptedLinear& linear, const at::Tensor& local_x) const {
@@ -188,6 +193,7 @@ class Pass {
 
   Batch batch_;
   SegmentAttention attention_;
+  DropoutKeys dropout_;
   ForwardContext context_;
 };
 

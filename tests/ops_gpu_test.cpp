@@ -124,12 +124,14 @@ struct DropoutCase {
 };
 
 DropoutCase dropout_case(at::ScalarType type, int64_t rows, int64_t width, double p, int64_t offset) {
-  return {normal({rows, width}, type), Dropout{p, 0x9E3779B97F4A7C15ull, integers(0, int64_t{1} << 40, rows), offset}};
+  return {normal({rows, width}, type),
+          Dropout{p, dropout_key(0x9E3779B97F4A7C15ull), integers(0, int64_t{1} << 40, rows), offset}};
 }
 
 at::Tensor run_dropout(const at::Tensor& x_NI, Dropout d) {
   const at::Tensor y_NI = at::empty_like(x_NI);
   d.slots_N = d.slots_N.to(kGpu);
+  d.key = d.key.to(kGpu);
   cuda::dropout(x_NI, y_NI, d);
   return y_NI;
 }
@@ -159,7 +161,7 @@ TEST_F(GpuKernels, DropoutDropsTheShareAskedFor) {
 TEST_F(GpuKernels, DropoutPlantedKeyIsFound) {
   const auto [x, d] = dropout_case(at::kBFloat16, 7, 576, 0.1, 0);
   Dropout other = d;
-  other.key += 1;
+  other.key = other.key + 1;
   EXPECT_TRUE(same_values(run_dropout(gpu(x), d), dropout(x, d)));
   EXPECT_FALSE(same_values(run_dropout(gpu(x), d), dropout(x, other)));
 }
@@ -626,7 +628,10 @@ std::vector<at::Tensor> run_mora(Mora s, const at::Tensor& m, const at::Tensor& 
   s.m_RR = {m, m};
   s.rotation.cos_BH = s.rotation.cos_BH.to(x.options());
   s.rotation.sin_BH = s.rotation.sin_BH.to(x.options());
-  s.dropout.slots_N = s.dropout.active() ? s.dropout.slots_N.to(x.device()) : at::Tensor();
+  if (s.dropout.active()) {
+    s.dropout.slots_N = s.dropout.slots_N.to(x.device());
+    s.dropout.key = s.dropout.key.to(x.device());
+  }
   const MoraUpdate update(s);
   std::vector<at::Tensor> saved;
   const at::Tensor y = update.forward(x, w, {}, saved);
@@ -680,7 +685,7 @@ TEST_F(GpuKernels, MoraOfEveryTypeShapeAndShard) {
 
 TEST_F(GpuKernels, MoraWithDropout) {
   Mora s = mora_case(Grouping::modulo, Grouping::modulo, 110, {576, 0, 576}, {192, 0, 192}, at::kFloat);
-  s.dropout = {0.3, 5, at::arange(37, at::kLong), 0};
+  s.dropout = {0.3, dropout_key(5), at::arange(37, at::kLong), 0};
   expect_mora_is_the_cpus(s, 110, at::kFloat);
 }
 
@@ -708,7 +713,7 @@ TEST_F(GpuKernels, EmptyInputsGiveEmptyOutputs) {
   EXPECT_EQ(cuda::rms_norm_backward(none, none, rstd, weight).numel(), 0);
   EXPECT_EQ(cuda::swiglu_forward(none, none).numel(), 0);
   EXPECT_EQ(cuda::swiglu_backward(none, none, none).second.numel(), 0);
-  EXPECT_EQ(run_dropout(none, Dropout{0.1, 1, integers(0, 1, 0), 0}).numel(), 0);
+  EXPECT_EQ(run_dropout(none, Dropout{0.1, dropout_key(1), integers(0, 1, 0), 0}).numel(), 0);
   const at::Tensor gamma = gpu(normal({576}, at::kFloat));
   const at::Tensor none_of_rank = gpu(normal({0, 8}, at::kBFloat16));
   const auto [h, dm, hu] = cuda::dora_gradients(none, none, none_of_rank, gamma, gamma);
@@ -758,8 +763,8 @@ TEST_F(GpuKernelsLarge, DropoutAndRope) {
   const at::Tensor x = large(), tail = last(x).clone();
   const at::Tensor slots = at::arange(kCount, at::kLong);
   for (const int64_t offset : {0, 1}) {
-    EXPECT_TRUE(same_values(last(run_dropout(x, Dropout{0.1, 1, slots, offset})),
-                            run_dropout(tail, Dropout{0.1, 1, last(slots), offset})));
+    EXPECT_TRUE(same_values(last(run_dropout(x, Dropout{0.1, dropout_key(1), slots, offset})),
+                            run_dropout(tail, Dropout{0.1, dropout_key(1), last(slots), offset})));
   }
   RopeCase c = rope_case(at::kBFloat16, kCount, 0, 128);
   const at::Tensor y = run_rope(c, x.view({kCount, 32, 128}), 1);
@@ -800,7 +805,7 @@ TEST_F(GpuKernels, WrongArgumentsAreRefused) {
   EXPECT_THROW(cuda::rms_norm_forward(x.cpu(), weight, kEps), c10::Error);
   EXPECT_THROW(cuda::swiglu_forward(x, x.narrow(0, 0, 6)), c10::Error);
   EXPECT_THROW(cuda::softmax_statistics(x, gpu(outside(6))), c10::Error);
-  EXPECT_THROW(run_dropout(x, Dropout{0.1, 1, outside(6), 0}), c10::Error);
+  EXPECT_THROW(run_dropout(x, Dropout{0.1, dropout_key(1), outside(6), 0}), c10::Error);
   const at::Tensor narrow = x.to(at::kBFloat16), u = gpu(normal({7, 8}, at::kBFloat16));
   EXPECT_THROW(cuda::dora_gradients(narrow, narrow, u, weight.narrow(0, 0, 63), weight), c10::Error);
   EXPECT_THROW(cuda::dora_gradients(narrow, narrow, u.narrow(1, 0, 4).contiguous(), weight, weight), c10::Error);

@@ -95,7 +95,7 @@ TEST(Linear, GradientsOfSeveralProjectionsWithDropout) {
   const at::Tensor w1 = leaf({6, 5}, "w1"), bias1 = leaf({6}, "bias1"), w2 = random({4, 5}, "w2");
   const at::Tensor a1 = leaf({3, 5}, "a1"), b1 = leaf({6, 3}, "b1"), a2 = leaf({2, 5}, "a2"), b2 = leaf({4, 2}, "b2");
   const DenseMatrix m1(w1.detach()), m2(w2);
-  Dropout drop{0.3, 11, at::arange(7, at::TensorOptions(at::kLong)), 0};
+  Dropout drop{0.3, dropout_key(11), at::arange(7, at::TensorOptions(at::kLong)), 0};
   const auto f = [&] {
     auto y = project(x, {{&m1, w1, trainable(bias1), low_rank(trainable(a1), trainable(b1), 0.7)},
                          {&m2, {}, {}, low_rank(trainable(a2), trainable(b2), 2, drop)}});
@@ -108,7 +108,7 @@ TEST(LowRank, DiagonalForwardAndGradients) {
   const at::Tensor x = leaf({7, 5}, "x"), a = leaf({3, 5}, "a"), b = leaf({6, 3}, "b"), e = leaf({3, 1}, "e");
   const DenseMatrix w(random({6, 5}, "w"));
   for (const double p : {0.0, 0.4}) {
-    const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
+    const Dropout drop{p, dropout_key(3), at::arange(7, at::TensorOptions(at::kLong)), 0};
     const auto y = [&] {
       const LowRank factors{trainable(a), trainable(b), 0.7, drop};
       return project(x, {{&w, {}, {}, std::make_shared<DiagonalUpdate>(factors, trainable(e))}})[0];
@@ -125,7 +125,7 @@ TEST(Dora, ForwardAndGradientsWithConstantNorms) {
   const at::Tensor n = random({6}, "n").abs() + 0.5, bias = leaf({6}, "bias");
   const DenseMatrix w(random({6, 5}, "w"));
   for (const double p : {0.0, 0.4}) {
-    const Dropout drop{p, 3, at::arange(7, at::TensorOptions(at::kLong)), 0};
+    const Dropout drop{p, dropout_key(3), at::arange(7, at::TensorOptions(at::kLong)), 0};
     const auto y = [&] {
       const LowRank factors{trainable(a), trainable(b), 0.7, drop};
       const MagnitudeScale scale{m, m.detach() / n, n.reciprocal(), m.detach().reciprocal()};
@@ -206,7 +206,7 @@ TEST(Mora, EveryTypeIsItsDenseMatrix) {
     for (const auto& [in, out, r] : {std::tuple{12, 12, 6}, {10, 14, 4}, {14, 8, 6}, {8, 20, 6}, {12, 18, 4}}) {
       const at::Tensor x = leaf({5, in}, "x"), m = leaf({r, r}, "m");
       const DenseMatrix w(random({out, in}, "w"));
-      const Dropout drop{0.3, 5, at::arange(5, at::TensorOptions(at::kLong)), 0};
+      const Dropout drop{0.3, dropout_key(5), at::arange(5, at::TensorOptions(at::kLong)), 0};
       for (const Dropout& dropout_ : {Dropout{}, drop}) {
         const Rotation turn = rotation_of(r, in, out, kDouble);
         const Mora whole{trainable(m), compress, decompress, {in, 0, in}, {out, 0, out}, dropout_, turn};
@@ -356,7 +356,7 @@ TEST(Attention, AWindowHoldsTheTokenAndTheOnesBeforeIt) {
 TEST(Attention, DropoutHasTheSameMaskInEveryLayout) {
   const at::Tensor q = leaf({7, 4, 6}, "q"), k = leaf({7, 2, 6}, "k"), v = leaf({7, 2, 6}, "v");
   AttentionRule rule{0.4};
-  rule.dropout = {0.3, 5, at::arange(20, 27, at::TensorOptions(at::kLong)), 0};
+  rule.dropout = {0.3, dropout_key(5), at::arange(20, 27, at::TensorOptions(at::kLong)), 0};
   const at::Tensor all = attention(q, k, v, segments_of({3, 4}), rule).view({7, 4, 6});
   EXPECT_GT(relative_error(attention(q, k, v, segments_of({3, 4}), {0.4}).view({7, 4, 6}), all), 0.1);
   // the second segment and the last two heads alone: another micro-batch, another tensor-parallel rank
@@ -490,7 +490,7 @@ TEST(Random, MomentsAreRight) {
 
 TEST(DropoutTest, KeepsTheRightShareAndScalesIt) {
   const int64_t rows = 200, width = 500;
-  const Dropout d{0.1, 99, at::arange(rows, at::TensorOptions(at::kLong)), 0};
+  const Dropout d{0.1, dropout_key(99), at::arange(rows, at::TensorOptions(at::kLong)), 0};
   const at::Tensor y = dropout(at::ones({rows, width}, kDouble), d);
   const auto kept = y.ne(0).sum().item<double>();
   EXPECT_NEAR(kept, 0.9 * rows * width, 4 * std::sqrt(0.09 * rows * width));
@@ -500,10 +500,11 @@ TEST(DropoutTest, KeepsTheRightShareAndScalesIt) {
 
 TEST(DropoutTest, DependsOnTokenAndFeatureNotOnWhereTheyStand) {
   const at::Tensor slots = at::tensor({4, 9, 2}, at::TensorOptions(at::kLong)), x = at::ones({3, 10}, kDouble);
-  const at::Tensor whole = dropout(x, {0.5, 7, slots, 0});
-  EXPECT_TRUE(at::equal(dropout(x.narrow(1, 3, 7), {0.5, 7, slots, 3}), whole.narrow(1, 3, 7)));
-  EXPECT_TRUE(at::equal(dropout(x.narrow(0, 1, 1), {0.5, 7, slots.narrow(0, 1, 1), 0}), whole.narrow(0, 1, 1)));
-  EXPECT_FALSE(at::equal(dropout(x, {0.5, 8, slots, 0}), whole));
+  const at::Tensor whole = dropout(x, {0.5, dropout_key(7), slots, 0});
+  EXPECT_TRUE(at::equal(dropout(x.narrow(1, 3, 7), {0.5, dropout_key(7), slots, 3}), whole.narrow(1, 3, 7)));
+  EXPECT_TRUE(
+      at::equal(dropout(x.narrow(0, 1, 1), {0.5, dropout_key(7), slots.narrow(0, 1, 1), 0}), whole.narrow(0, 1, 1)));
+  EXPECT_FALSE(at::equal(dropout(x, {0.5, dropout_key(8), slots, 0}), whole));
   EXPECT_TRUE(dropout(x, {}).is_same(x));
 }
 

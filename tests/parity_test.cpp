@@ -163,7 +163,9 @@ class Masked : public Layer {
     return r;
   }
   at::Tensor given_mask() const { return read("mask") / (1 - scalar("p")); }
-  ops::Dropout drawn() const { return {scalar("p"), 5, at::arange(17, at::TensorOptions(at::kLong)), 0}; }
+  ops::Dropout drawn() const {
+    return {scalar("p"), ops::dropout_key(5), at::arange(17, at::TensorOptions(at::kLong)), 0};
+  }
   at::Tensor drawn_mask() const { return ops::dropout(at::ones_like(base("x")), drawn()); }
 
   static void expect_same(const Results& a, const Results& b) {

@@ -6,6 +6,7 @@
 #include "tests/support.h"
 #include "trainer/methods/mora.h"
 #include "trainer/methods/rank_budget.h"
+#include "trainer/ops/random.h"
 
 namespace corank::test {
 namespace {
@@ -92,11 +93,30 @@ TEST(Step, GradientsAreClippedToTheNormAndNotBelow) {
 TEST(Step, SaysThatItShallStopOnlyWhereAskedTo) {
   TrainingRun run(nullptr, 1, tiny_step_model(), AdapterConfig());
   const auto stops = [&](const std::function<bool()>& stop) {
-    return train_step(run.parts(), step_of(batch_with(3)), 1, {1e-2, 1.0, 42, stop}).stop;
+    return train_step(run.parts(), step_of(batch_with(3)), 1, {1e-2, 1.0, stop}).stop;
   };
   EXPECT_TRUE(stops([] { return true; }));
   EXPECT_FALSE(stops([] { return false; }));
   EXPECT_FALSE(stops({}));
+}
+
+TEST(DropoutKeys, AreThoseOfTheStepAtTheSameAddress) {
+  DropoutKeys keys(42, at::kCPU), later(42, at::kCPU);
+  const auto value = [](const at::Tensor& key) { return static_cast<uint64_t>(key.item<int64_t>()); };
+  keys.begin(1);
+  EXPECT_EQ(value(keys.key("dropout", "a")), ops::key_of(42, "dropout", "a", 1));
+  EXPECT_EQ(value(keys.key("base dropout", "a")), ops::key_of(42, "base dropout", "a", 1));
+  keys.begin(2);
+  const at::Tensor kept = keys.key("dropout", "a");
+  EXPECT_EQ(value(kept), ops::key_of(42, "dropout", "a", 2));
+  keys.begin(3);
+  EXPECT_EQ(value(kept), ops::key_of(42, "dropout", "a", 3)) << "written where it was";
+  EXPECT_EQ(value(keys.key("dropout", "new")), ops::key_of(42, "dropout", "new", 3));
+  keys.begin(4);
+  later.begin(4);
+  for (const char* place : {"a", "new"}) {
+    EXPECT_EQ(value(keys.key("dropout", place)), value(later.key("dropout", place)));
+  }
 }
 
 /// As experts need it: a linear that sees some of the tokens gives what it gives them among all, dropout's mask
@@ -109,7 +129,7 @@ TEST(Linear, SeesSomeOfTheRows) {
   const at::AutoGradMode no_grad(false);
   const Batch batch = batch_with(3);
   SegmentAttention attention(batch);
-  const ForwardContext context{batch, attention, run.mesh.tp(), /*training=*/true, 42, 2};
+  const ForwardContext context{batch, attention, run.mesh.tp(), &run.dropout};
   const AdaptedLinear* linear = run.model->linears().front();
   const at::Tensor x_NI = at::linspace(-1, 1, 6 * linear->site().in).view({6, -1});
   const at::Tensor rows = at::tensor({4, 1}, at::kLong), some_NI = x_NI.index_select(0, rows);

@@ -65,8 +65,8 @@ double relative_error(const at::Tensor& a, const at::Tensor& b) {
 }
 
 TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
-                         OptimizerOptions optimizer_options, uint64_t run_seed, const SavedAdapter* file)
-    : ledger(shared_mesh(world, tensor).ledger), mesh(shared_mesh(world, tensor).mesh), seed(run_seed) {
+                         OptimizerOptions optimizer_options, uint64_t seed, const SavedAdapter* file)
+    : ledger(shared_mesh(world, tensor).ledger), mesh(shared_mesh(world, tensor).mesh), dropout(seed, mesh.device()) {
   options.device = mesh.device();
   model = load_model(options, mesh.tp());
   method = make_method(adapter);
@@ -77,16 +77,16 @@ TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, c
 }
 
 StepStats TrainingRun::step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm) {
-  return train_step(parts(), batches, number,
-                    {learning_rate * method->learning_rate_scale(number), max_grad_norm, seed});
+  return train_step(parts(), batches, number, {learning_rate * method->learning_rate_scale(number), max_grad_norm});
 }
 
 double accumulate(TrainingRun& run, const StepBatches& batches) {
   double loss = 0;
+  run.dropout.begin(1);
   for (const Batch& on_host : batches.micro_batches) {
     const Batch batch = on_host.to(run.mesh.device());
     SegmentAttention attention(batch);
-    const at::Tensor h_ND = run.model->forward({batch, attention, run.mesh.tp(), true, run.seed, 1});
+    const at::Tensor h_ND = run.model->forward({batch, attention, run.mesh.tp(), &run.dropout});
     const at::Tensor part =
         cross_entropy(h_ND, batch.target_rows_M, batch.targets_M, run.model->head(), run.mesh.tp()) /
         static_cast<double>(batches.num_targets);

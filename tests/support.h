@@ -44,7 +44,7 @@ struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
               OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
 
-  StepParts parts() { return {mesh, *model, *method, store, *optimizer, *reducer}; }
+  StepParts parts() { return {mesh, *model, *method, store, *optimizer, *reducer, dropout}; }
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
 
   Ledger& ledger;    ///< shared
@@ -54,7 +54,7 @@ struct TrainingRun {
   ParameterStore store;
   std::unique_ptr<Optimizer> optimizer;
   std::unique_ptr<GradReducer> reducer;
-  uint64_t seed;
+  DropoutKeys dropout;
 };
 
 /// Adds the gradients of a global batch to the store, without a step; returns its loss.

@@ -302,8 +302,8 @@ class Tenant {
 
   double step(int64_t number) {
     exchange();
-    const StepParts parts{mesh_, model_, *method_, store_, *optimizer_, *reducer_};
-    const double loss = train_step(parts, batches_->next(), number, {1e-2, 1.0, 42}).loss;
+    const StepParts parts{mesh_, model_, *method_, store_, *optimizer_, *reducer_, dropout_};
+    const double loss = train_step(parts, batches_->next(), number, {1e-2, 1.0}).loss;
     exchange();
     return loss;
   }
@@ -323,6 +323,7 @@ class Tenant {
   std::vector<std::pair<ops::Weight*, ops::Weight>> saved_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<GradReducer> reducer_;
+  DropoutKeys dropout_{42, at::kCPU};
   TokenFile data_;
   std::unique_ptr<Loader> batches_;
 };

@@ -65,10 +65,10 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
   const std::vector<Batch> eval_batches = held_out_batches(run, mesh, about.remarks);
 
   const auto metrics = metrics_file(storage, run.output_dir + "/metrics.jsonl");
-  const StepParts parts{mesh, session.model(), session.method(), session.store(), optimizer, reducer};
+  DropoutKeys dropout(static_cast<uint64_t>(run.train.seed), mesh.device());
+  const StepParts parts{mesh, session.model(), session.method(), session.store(), optimizer, reducer, dropout};
   Trainer trainer(parts, loader, eval_batches, checkpoints, session.ledger(), {&console, metrics.get()},
-                  {run.schedule(total), run.train.max_grad_norm, static_cast<uint64_t>(run.train.seed),
-                   run.logging_steps, run.eval_steps, run.save_steps});
+                  {run.schedule(total), run.train.max_grad_norm, run.logging_steps, run.eval_steps, run.save_steps});
   const TrainingState start = trainer.start(about, run.resume);
   watch_signals();  // until here a signal ends the process: there is nothing to save
   return trainer.run(start, stop_requested, [&] { return write_result(session, identity, storage); });

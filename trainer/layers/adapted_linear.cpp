@@ -4,7 +4,6 @@
 
 #include "configs/error.h"
 #include "trainer/layers/regions.h"
-#include "trainer/ops/random.h"
 
 namespace corank {
 
@@ -96,8 +95,8 @@ Projection AdaptedLinear::projection(const ForwardContext& context, const at::Te
   if (bias_O_.defined() && adds_bias_) p.bias_O = bias_O_;
   if (!adapter_ || is_merged_) return p;
   ops::Dropout dropout;
-  if (context.training && adapter_->dropout() > 0) {
-    dropout = {adapter_->dropout(), ops::key_of(context.seed, "dropout", site_.name, context.step),
+  if (context.dropout && adapter_->dropout() > 0) {
+    dropout = {adapter_->dropout(), context.dropout->key("dropout", site_.name),
                rows_N.defined() ? context.batch.slots_N.index_select(0, rows_N) : context.batch.slots_N,
                site_.row() ? site_.in_shard.start : 0};
   }

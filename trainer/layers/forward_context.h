@@ -1,6 +1,7 @@
 #pragma once
 #include "comm/communicator.h"
 #include "data/batch.h"
+#include "trainer/layers/dropout_keys.h"
 #include "trainer/ops/attention.h"
 
 namespace corank {
@@ -19,9 +20,7 @@ struct ForwardContext {
   const Batch& batch;
   AttentionCore& attention;
   Communicator& tp;
-  bool training = false;  ///< dropout is drawn
-  uint64_t seed = 0;      ///< of the run
-  int64_t step = 0;       ///< optimizer step, from 1
+  DropoutKeys* dropout = nullptr;  ///< those of the step, in training; null: none is drawn
 };
 
 }  // namespace corank

@@ -8,7 +8,6 @@
 #include "configs/error.h"
 #include "trainer/layers/embedding.h"
 #include "trainer/ops/layer_norm.h"
-#include "trainer/ops/random.h"
 #include "trainer/ops/recompute.h"
 #include "trainer/ops/rms_norm.h"
 #include "trainer/ops/rope.h"
@@ -134,8 +133,8 @@ struct RopeTable {
 
 /// Dropout of the base model, drawn in training only; `place` names it among all dropouts.
 ops::Dropout base_dropout(double p, const std::string& place, const ForwardContext& context) {
-  if (!context.training || p == 0) return {};
-  return {p, ops::key_of(context.seed, "base dropout", place, context.step), context.batch.slots_N, 0};
+  if (!context.dropout || p == 0) return {};
+  return {p, context.dropout->key("base dropout", place), context.batch.slots_N, 0};
 }
 
 /// RMSNorm or LayerNorm of the residual stream.

@@ -32,11 +32,12 @@ template <class T>
 void dropout_rows(const T* x, T* y, const int64_t* slots, int64_t width, const Dropout& d, int64_t begin, int64_t end) {
   const auto threshold = static_cast<uint64_t>(d.p * 4294967296.0);
   const auto scale = static_cast<float>(1.0 / (1.0 - d.p));
+  const auto key = static_cast<uint64_t>(*d.key.const_data_ptr<int64_t>());
   for (int64_t row = begin; row < end; ++row) {
     Philox4 draw{};
     for (int64_t i = 0; i < width; ++i) {
       const int64_t feature = d.feature_offset + i;
-      if (i == 0 || feature % 4 == 0) draw = philox(d.key, feature / 4, slots[row]);
+      if (i == 0 || feature % 4 == 0) draw = philox(key, feature / 4, slots[row]);
       const bool keep = draw.v[feature % 4] >= threshold;
       y[row * width + i] = keep ? static_cast<T>(x[row * width + i] * scale) : T(0);
     }
@@ -45,9 +46,14 @@ void dropout_rows(const T* x, T* y, const int64_t* slots, int64_t width, const D
 
 }  // namespace
 
+at::Tensor dropout_key(uint64_t bits, at::Device device) {
+  return at::full({1}, static_cast<int64_t>(bits), at::TensorOptions(at::kLong).device(device));
+}
+
 at::Tensor dropout(const at::Tensor& x_NI, const Dropout& d) {
   if (!d.active()) return x_NI;
   TORCH_CHECK(d.slots_N.numel() == x_NI.size(0), "dropout: one slot per row");
+  TORCH_CHECK(d.key.defined() && d.key.device() == d.slots_N.device(), "dropout: a key on the slots' device");
   const at::Tensor x = x_NI.contiguous();
   at::Tensor y = at::empty_like(x);
   if (x.is_cuda()) {

@@ -7,7 +7,7 @@ namespace {
 constexpr int kThreads = 256;
 
 struct Mask {
-  uint64_t key;
+  const int64_t* key;
   uint64_t threshold;
   float scale;
 };
@@ -26,11 +26,12 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int W = kPackWidth<T>;
   const int64_t row = blockIdx.x * packs;
   const int64_t slot = slots[blockIdx.x];
+  const auto key = static_cast<uint64_t>(*mask.key);
   for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
     Pack<T, W> values = load<W>(x, row + i);
 #pragma unroll
     for (int first = 0; first < W; first += 4) {
-      const Philox4 draw = philox(mask.key, (offset + i * W + first) / 4, slot);
+      const Philox4 draw = philox(key, (offset + i * W + first) / 4, slot);
 #pragma unroll
       for (int j = 0; j < 4; ++j) values.v[first + j] = masked(values.v[first + j], draw.v[j], mask);
     }
@@ -45,8 +46,9 @@ __global__ void __launch_bounds__(kThreads)
                   int64_t offset, Mask mask) {
   const int64_t row = blockIdx.x * width;
   const int64_t slot = slots[blockIdx.x];
+  const auto key = static_cast<uint64_t>(*mask.key);
   for (int64_t counter = offset / 4 + threadIdx.x; counter * 4 < offset + width; counter += blockDim.x) {
-    const Philox4 draw = philox(mask.key, counter, slot);
+    const Philox4 draw = philox(key, counter, slot);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t i = counter * 4 + j - offset;
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void launch(const at::Tensor& x_NI, const at::Tensor& y_NI, const Dropout& d) {
   const int64_t width = x_NI.size(1), packs = width / kPackWidth<T>;
-  const Mask mask{d.key, static_cast<uint64_t>(d.p * 4294967296.0), static_cast<float>(1.0 / (1.0 - d.p))};
+  const Mask mask{d.key.const_data_ptr<int64_t>(), static_cast<uint64_t>(d.p * 4294967296.0),
+                  static_cast<float>(1.0 / (1.0 - d.p))};
   const unsigned grid = grid_size(x_NI.size(0));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const T* x = x_NI.const_data_ptr<T>();
@@ -83,6 +86,7 @@ void dropout(const at::Tensor& x_NI, const at::Tensor& y_NI, const Dropout& d) {
   require(x_NI, x_NI.scalar_type(), x_NI.numel(), "dropout x");
   require(y_NI, x_NI.scalar_type(), x_NI.numel(), "dropout y");
   require(d.slots_N, at::kLong, x_NI.size(0), "dropout slots");
+  require(d.key, at::kLong, 1, "dropout key");
   if (x_NI.numel() == 0) return;
   if (x_NI.scalar_type() == at::kDouble) return launch<double>(x_NI, y_NI, d);
   with_type(x_NI, [&](auto type) { launch<decltype(type)>(x_NI, y_NI, d); });

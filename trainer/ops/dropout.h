@@ -10,12 +10,15 @@ namespace corank::ops {
 /// recomputed.
 struct Dropout {
   double p = 0;
-  uint64_t key = 0;
-  at::Tensor slots_N;          ///< int64, Batch::slots_N
+  at::Tensor key;      ///< int64 [1], the bits of a key, on the device of slots_N: a captured graph reads it anew
+  at::Tensor slots_N;  ///< int64, Batch::slots_N
   int64_t feature_offset = 0;  ///< global index of the first local feature (row-parallel inputs are slices)
 
   bool active() const { return p > 0; }
 };
+
+/// A key as Dropout takes it.
+at::Tensor dropout_key(uint64_t bits, at::Device device = at::kCPU);
 
 /// Kept values are scaled by 1 / (1 - p). Not an autograd node: callers apply it again to gradients. Returns x itself
 /// when inactive. x_NI: float32, float64 or bfloat16.

@@ -76,11 +76,12 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   const at::Tensor counts = count_globally(batches, mesh.dp());
   const at::Tensor share = counts[0].to(at::kDouble).reciprocal_();
 
+  parts.dropout.begin(step);
   at::Tensor loss = at::zeros({}, at::TensorOptions(at::kDouble).device(mesh.device()));
   for (const Batch& on_host : batches.micro_batches) {
     const Batch batch = on_host.to(mesh.device());
     SegmentAttention attention(batch);
-    const ForwardContext context{batch, attention, mesh.tp(), /*training=*/true, options.seed, step};
+    const ForwardContext context{batch, attention, mesh.tp(), &parts.dropout};
     const at::Tensor part = loss_sum(parts.model, context) * share;
     torch::autograd::backward({part}, {});
     loss += part.detach();

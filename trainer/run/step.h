@@ -17,12 +17,12 @@ struct StepParts {
   ParameterStore& store;
   Optimizer& optimizer;
   GradReducer& reducer;
+  DropoutKeys& dropout;  ///< of the run's seed
 };
 
 struct StepOptions {
   double learning_rate = 0;
   double max_grad_norm = 1.0;  ///< 0: no clipping
-  uint64_t seed = 0;
   /// Asked on every rank while the step is under way: whether the run is to stop after it. None: nobody asks.
   std::function<bool()> stop = {};
 };

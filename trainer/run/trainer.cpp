@@ -80,7 +80,7 @@ StepRecord Trainer::take_step(int64_t step, const std::function<bool()>& stop, b
   const auto start = std::chrono::steady_clock::now();
   const StepBatches batches = loader_.next();
   const double rate = lr_at(options_.schedule, step) * parts_.method.learning_rate_scale(step);
-  const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, options_.seed, stop});
+  const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, stop});
   stopping = stats.stop;
   StepRecord record;
   record.step = step;

@@ -13,7 +13,6 @@ namespace corank {
 struct TrainerOptions {
   Schedule schedule;  ///< total_steps is the run's number of steps
   double max_grad_norm = 1.0;
-  uint64_t seed = 42;
   int64_t logging_steps = 1;
   int64_t eval_steps = 0;  ///< 0: never
   int64_t save_steps = 0;  ///< 0: at the end only
