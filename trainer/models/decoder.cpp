@@ -235,7 +235,8 @@ class SelfAttention {
       : index_(index),
         head_dim_(c.head_dim),
         name_(layer + "attention"),
-        rule_{1 / std::sqrt(static_cast<double>(c.head_dim)), c.windows.empty() ? 0 : c.windows[index]},
+        rule_{
+            1 / std::sqrt(static_cast<double>(c.head_dim)), c.windows.empty() ? 0 : c.windows[index], {}, 0, c.causal},
         dropout_(c.attention_dropout),
         residual_dropout_(c.residual_dropout),
         qkv_(LinearRole::attention_in, layer, c.names.qkv, c.hidden_size,
