@@ -11,6 +11,7 @@ enum class Purpose {
   adapter_gradients,   ///< sum of adapter gradients, once a step
   weight_gradients,    ///< the same where base weights train (full fine-tuning)
   tensor_activations,  ///< activations and their gradients between tensor-parallel ranks
+  base_gathers,        ///< frozen weights gathered from the data-parallel ranks that share them
   vocabulary_loss,     ///< softmax statistics of the vocabulary-parallel cross entropy
   gradient_norm,       ///< squares of sharded gradients
   adapter_statistics,  ///< what a method sums beside gradients: DoRA's norms, AdaLoRA's Gram matrices and scores
@@ -18,7 +19,7 @@ enum class Purpose {
   checkpoint,          ///< shards gathered for a save
   startup,             ///< agreement and rendezvous before the first step
 };
-inline constexpr int kNumPurposes = 9;
+inline constexpr int kNumPurposes = 10;
 
 /// "adapter-gradients", ...: the names in metrics, tables and JSON.
 std::string_view name(Purpose purpose);

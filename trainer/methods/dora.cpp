@@ -146,6 +146,7 @@ class Dora : public AdapterMethod {
     for (const LinearSize& linear : adapted) bytes += linear.row && tensor > 1 ? 4 * linear.out : 0;
     return bytes;
   }
+  int64_t base_reads() const override { return 1; }  // the norms, after each update
   ModuleParts parts(const std::string& module) const override {
     ModuleParts parts = AdapterMethod::parts(module);
     parts.push_back({kMagnitude, {-1}});

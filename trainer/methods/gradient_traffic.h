@@ -37,6 +37,8 @@ class MethodTraffic {
                                    int64_t /*step*/) const {
     return 0;
   }
+  /// How often a step reads the frozen weight of an adapted linear apart from products.
+  virtual int64_t base_reads() const { return 0; }
 };
 
 /// LoRA's factors: the one that the split does not touch is replicated.

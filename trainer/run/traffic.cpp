@@ -1,11 +1,13 @@
 #include "trainer/run/traffic.h"
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 
 #include "trainer/layers/model.h"
 #include "trainer/methods/start.h"
 #include "trainer/methods/targets.h"
+#include "trainer/run/base_walk.h"
 
 namespace corank {
 namespace {
@@ -28,10 +30,6 @@ bool embedding_trains(const TrafficShape& shape, bool full) {
          });
 }
 
-bool is_feed_forward(const LinearSize& linear) {
-  return linear.role == LinearRole::feed_forward_in || linear.role == LinearRole::feed_forward_out;
-}
-
 /// The linears that train, with their sizes.
 std::vector<LinearSize> trained_linears(const TrafficShape& shape, const AdapterConfig& adapter, bool full) {
   if (full) return shape.linears;
@@ -46,39 +44,38 @@ std::vector<LinearSize> trained_linears(const TrafficShape& shape, const Adapter
   return result;
 }
 
-/// [N, D] sums that tensor-parallel ranks make for each token of a micro-batch.
-int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>& trained_linears, bool full,
-                       Checkpointing checkpointing) {
-  std::set<std::string> trained;
-  for (const LinearSize& linear : trained_linears) trained.insert(linear.name);
-  int64_t sums = 1;                                 // the embedding
-  bool needs_grad = embedding_trains(shape, full);  // of the block's input: something below it trains, or is run again
-  bool half_begins = true, half_trains = false;     // attention or feed-forward, each from one row-parallel linear on
-  for (const auto& linear : shape.linears) {
-    if (half_begins) {
-      needs_grad = needs_grad || half_trains;
-      if (needs_grad) ++sums;  // into the column-parallel linears, backward
-      half_trains = false;
-    }
-    half_begins = linear.row;
-    half_trains = half_trains || trained.count(linear.name);
-    if (!linear.row) continue;
-    const bool again =
-        checkpointing == Checkpointing::full || (checkpointing == Checkpointing::mlp && is_feed_forward(linear));
-    sums += again ? 2 : 1;  // out of the row-parallel linear, forward
-    if (again && is_feed_forward(linear)) needs_grad = true;
-  }
+/// [N, D] sums that tensor-parallel ranks make for each token of a micro-batch: for the embedding, out of each
+/// row-parallel linear, and in backward into the column-parallel ones.
+int64_t sums_per_token(const std::vector<HalfLayer>& halves) {
+  int64_t sums = 1;
+  for (const HalfLayer& half : halves) sums += (half.again ? 2 : 1) + (half.in_gradient ? 1 : 0);
   return sums;
+}
+
+std::set<std::string> names_of(const std::vector<LinearSize>& linears) {
+  std::set<std::string> names;
+  for (const LinearSize& linear : linears) names.insert(linear.name);
+  return names;
+}
+
+/// Bytes of weights that a method reads beside the passes of a step.
+int64_t bytes_read_apart(const TrafficShape& shape, const std::set<std::string>& trained, int64_t reads) {
+  int64_t bytes = 0;
+  for (size_t i = 0; i < shape.linears.size(); ++i) {
+    if (trained.count(shape.linears[i].name)) bytes += reads * shape.stored[i].gather_bytes;
+  }
+  return bytes;
 }
 
 }  // namespace
 
 TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
-  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, {}};
+  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, {}, {}};
   for (const AdaptedLinear* linear : model.linears()) {
     const LinearSite& site = linear->site();
     const bool bias = linear->num_base_parameters() > site.in * site.out;
     shape.linears.push_back({site.name, site.in, site.out, site.split == Split::row, bias, site.role});
+    shape.stored.push_back({linear->weight().order(), linear->weight().gather_bytes()});
   }
   const auto saved = saved_modules(model, adapter);
   for (const NamedWeight& weight : model.other_weights()) {
@@ -111,10 +108,16 @@ std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const A
   if (data > 1) add(Purpose::data_control, 16 + 8);      // counts of targets and tokens, loss
   if (data * tensor > 1) add(Purpose::data_control, 8);  // request to stop
   add(Purpose::adapter_statistics, method->statistics_bytes(trained, tensor, data, step));
+  const std::set<std::string> names = names_of(trained);
+  const auto halves = half_layers(shape, names, embedding_trains(shape, full), checkpointing);
+  const std::vector<int64_t> gathers = base_gathers(shape, halves, checkpointing);
+  const int64_t in_passes = std::accumulate(gathers.begin(), gathers.end(), int64_t{0});
+  add(Purpose::base_gathers,
+      bytes_read_apart(shape, names, method->base_reads()) + static_cast<int64_t>(micro_batches.size()) * in_passes);
   if (tensor == 1) return bytes;
   add(Purpose::gradient_norm, 8);
   for (const BatchSize& batch : micro_batches) {
-    const int64_t sums = sums_per_token(shape, trained, full, checkpointing) * batch.tokens + batch.targets;
+    const int64_t sums = sums_per_token(halves) * batch.tokens + batch.targets;
     add(Purpose::tensor_activations, sums * shape.hidden * activation_bytes);
     add(Purpose::vocabulary_loss, 3 * 4 * batch.targets);
   }
