@@ -69,6 +69,14 @@ int64_t ring_bytes(const Transfer& transfer, const Ring& ring) {
   return sent() * transfer.element_bytes;
 }
 
+std::string_view name(Link link) { return link == Link::inside_host ? "inside-host" : "between-hosts"; }
+
+LinkBytes Traffic::over(Link link) const {
+  const LinkBytes between{payload_between_hosts, sent_between_hosts};
+  if (link == Link::between_hosts) return between;
+  return {payload_bytes - between.payload, sent_bytes - between.sent};
+}
+
 Traffic& Traffic::operator+=(const Traffic& other) {
   calls += other.calls;
   payload_bytes += other.payload_bytes;

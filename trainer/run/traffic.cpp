@@ -71,9 +71,9 @@ int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>&
 }
 
 /// The collectives of a step, as they are found. Groups of one rank and empty tensors have none.
-class StepPlan {
+class CollectiveList {
  public:
-  StepPlan(int tensor, int data) : tensor_(tensor), data_(data) {}
+  CollectiveList(int tensor, int data) : tensor_(tensor), data_(data) {}
 
   void add(const StepCollective& collective) {
     if (ranks(collective.axis) > 1 && collective.transfer.elements > 0) collectives_.push_back(collective);
@@ -91,12 +91,12 @@ class StepPlan {
 };
 
 /// The statistics of the softmax travel with each chunk of logits.
-void add_loss(StepPlan& plan, int64_t targets, int64_t head_rows) {
+void add_loss(CollectiveList& list, int64_t targets, int64_t head_rows) {
   const int64_t chunk = rows_at_once(head_rows);
   for (int64_t begin = 0; begin < targets; begin += chunk) {
     const int64_t rows = std::min(chunk, targets - begin);
-    plan.add_sum(Purpose::vocabulary_loss, Axis::tp, rows, sizeof(float));
-    plan.add_sum(Purpose::vocabulary_loss, Axis::tp, 2 * rows, sizeof(float));
+    list.add_sum(Purpose::vocabulary_loss, Axis::tp, rows, sizeof(float));
+    list.add_sum(Purpose::vocabulary_loss, Axis::tp, 2 * rows, sizeof(float));
   }
 }
 
@@ -130,21 +130,21 @@ std::vector<StepCollective> predict_step(const TrafficShape& shape, const Adapte
     sizes.everywhere += one.everywhere;
     sizes.data += one.data;
   }
-  StepPlan plan(tensor, data);
-  plan.add_sum(method->gradient_purpose(), Axis::world, sizes.everywhere, sizeof(float));
-  plan.add_sum(method->gradient_purpose(), Axis::dp, sizes.data, sizeof(float));
-  plan.add_sum(Purpose::data_control, Axis::dp, 2, sizeof(int64_t));     // targets and tokens
-  plan.add_sum(Purpose::data_control, Axis::dp, 1, sizeof(double));      // loss
-  plan.add_sum(Purpose::data_control, Axis::world, 1, sizeof(int64_t));  // request to stop
-  for (const StepCollective& collective : method->statistics(trained, step)) plan.add(collective);
-  plan.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
+  CollectiveList list(tensor, data);
+  list.add_sum(method->gradient_purpose(), Axis::world, sizes.everywhere, sizeof(float));
+  list.add_sum(method->gradient_purpose(), Axis::dp, sizes.data, sizeof(float));
+  list.add_sum(Purpose::data_control, Axis::dp, 2, sizeof(int64_t));     // targets and tokens
+  list.add_sum(Purpose::data_control, Axis::dp, 1, sizeof(double));      // loss
+  list.add_sum(Purpose::data_control, Axis::world, 1, sizeof(int64_t));  // request to stop
+  for (const StepCollective& collective : method->statistics(trained, step)) list.add(collective);
+  list.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
   const int64_t sums = sums_per_token(shape, trained, full, checkpointing);
   for (const BatchSize& batch : micro_batches) {
-    plan.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
-    add_loss(plan, batch.targets, (shape.vocab + tensor - 1) / tensor);
-    plan.add_sum(Purpose::tensor_activations, Axis::tp, batch.targets * shape.hidden, activation_bytes);
+    list.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
+    add_loss(list, batch.targets, (shape.vocab + tensor - 1) / tensor);
+    list.add_sum(Purpose::tensor_activations, Axis::tp, batch.targets * shape.hidden, activation_bytes);
   }
-  return plan.take();
+  return list.take();
 }
 
 std::map<Purpose, int64_t> payload_by_purpose(const std::vector<StepCollective>& collectives) {
