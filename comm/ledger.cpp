@@ -10,14 +10,14 @@ std::string_view name(Purpose purpose) {
       return "weight-gradients";
     case Purpose::tensor_activations:
       return "tensor-activations";
+    case Purpose::base_gathers:
+      return "base-gathers";
     case Purpose::vocabulary_loss:
       return "vocabulary-loss";
     case Purpose::gradient_norm:
       return "gradient-norm";
     case Purpose::adapter_statistics:
       return "adapter-statistics";
-    case Purpose::base_gathers:
-      return "base-gathers";
     case Purpose::data_control:
       return "data-control";
     case Purpose::checkpoint:
