@@ -215,7 +215,8 @@ TEST(Walk, ForetellsWhatItHasSeen) {
   EXPECT_EQ(go({0, 1, 2}), (Orders{1, 2, 1})) << "forward alone, as in an evaluation";
   EXPECT_EQ(go({0, 1, 2, 1, 0}), (Orders{1, 2, 1, 0, -1})) << "which is not forgotten for it";
   EXPECT_EQ(go({0, 2, 1}), (Orders{1, -1, -1})) << "another walk foretells nothing";
-  EXPECT_EQ(go({0}), (Orders{1}));
+  EXPECT_EQ(go({0}), (Orders{2})) << "as the newest one went on";
+  EXPECT_EQ(go({0, 1, 0, 2, 1}), (Orders{2, -1, -1, -1, -1}));
   walk.begin();
   walk.visit(0);
   EXPECT_EQ(walk.next(3), (Orders{1, 2})) << "each once";
