@@ -69,9 +69,20 @@ void refuse_unknown_command(int argc, char** argv) {
                                         argv[1], fmt::join(names, ", ")));
 }
 
+/// Several would write the same files.
+void require_one_process(const corank::Command& command) {
+  const int processes = corank::started_processes();
+  if (processes == 1) return;
+  throw corank::ConfigError(fmt::format("{}: {} ranks, but this command is for one process. Start it without mpirun.",
+                                        command.name, processes));
+}
+
 int run(Chosen& chosen, int* argc, char*** argv) {
   corank::DiskStorage storage;
-  if (!chosen.command->uses_ranks) return chosen.run(nullptr, storage);
+  if (!chosen.command->uses_ranks) {
+    require_one_process(*chosen.command);
+    return chosen.run(nullptr, storage);
+  }
   chosen.among_peers = corank::started_by_mpi();
   corank::World world(argc, argv);
   chosen.rank = world.rank();
