@@ -104,6 +104,12 @@ class AdaLora : public AdapterMethod {
     sizes.everywhere += rank_of(linear.name);
     return sizes;
   }
+  UpdateCost update_cost(const LinearSize& linear, int tensor) const override {
+    UpdateCost cost = lora_update_cost(rank_of(linear.name));
+    const GradientSizes sizes = gradient_sizes(linear, tensor);
+    cost.state_bytes = 3 * 4 * (sizes.everywhere + sizes.data);  // state()
+    return cost;
+  }
   int64_t statistics_bytes(const std::vector<LinearSize>& adapted, int tensor, int data, int64_t step) const override {
     const bool chooses = !pruned() && masking_at(budget_, step) == Masking::choose;
     int64_t bytes = 0;

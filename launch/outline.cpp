@@ -1,0 +1,55 @@
+#include "launch/outline.h"
+
+#include "comm/backends.h"
+#include "trainer/methods/start.h"
+
+namespace corank {
+namespace {
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) count *= size;
+  return count;
+}
+
+int64_t bytes_of(const std::vector<NamedWeight>& weights) {
+  int64_t bytes = 0;
+  for (const NamedWeight& weight : weights) bytes += static_cast<int64_t>(weight.weight->value.nbytes());
+  return bytes;
+}
+
+}  // namespace
+
+Outline outline_of(const RunConfig& run, int tensor) {
+  check_model_config(model_config_json(run.model), run.model.path.empty() ? run.model.shape : run.model.path, tensor);
+  Ledger ledger;
+  const auto tp = make_outline_communicator(tensor, ledger);
+  const auto model = outline_model(run.model, *tp);
+  const auto method = make_method(run.adapter);
+  Outline outline;
+  outline.tensor = tensor;
+  outline.shape = traffic_shape(*model, run.adapter);
+  outline.head_dim = model->head_dim();
+  outline.base_parameters = num_base_parameters(*model);
+  if (!method->trains_base()) {
+    outline.frozen_bytes = base_bytes(*model) - bytes_of(saved_modules(*model, run.adapter));
+    for (const AdaptedLinear* linear : model->linears()) outline.stored_bytes += linear->weight().bytes();
+  }
+  ParameterStore store;
+  register_parameters(*method, *model, store, 0);
+  for (const auto& parameter : store.parameters()) {
+    outline.trained += product(parameter.spec.shape);
+    outline.trained_here += product(parameter.spec.shard.local_shape(parameter.spec.shape));
+  }
+  return outline;
+}
+
+RunConfig as_full_fine_tuning(RunConfig run) {
+  run.adapter = {};
+  run.adapter.method = "full";
+  run.adapter_keys.clear();
+  run.model.quantization = "none";
+  return run;
+}
+
+}  // namespace corank

@@ -1,0 +1,26 @@
+#pragma once
+#include "launch/run_config.h"
+#include "trainer/run/traffic.h"
+
+namespace corank {
+
+/// One rank's part of a run's model, and of what trains on it, under one split: sizes without numbers.
+struct Outline {
+  int tensor = 1;
+  TrafficShape shape;
+  int64_t head_dim = 0;
+  int64_t base_parameters = 0;  ///< of the whole model, as PEFT counts them
+  int64_t trained = 0;          ///< parameters that train, of the whole model
+  int64_t trained_here = 0;     ///< of this rank
+  int64_t frozen_bytes = 0;     ///< of this rank, in their stored formats
+  int64_t stored_bytes = 0;     ///< of the blocks' linears among them
+};
+
+/// From config.json and the headers of the model's files alone. `run.adapter` is merged with that of adapter.path.
+/// ConfigError where the model cannot be split over `tensor` ranks.
+Outline outline_of(const RunConfig& run, int tensor);
+
+/// The same run as full fine-tuning: every weight trains, so none is quantised.
+RunConfig as_full_fine_tuning(RunConfig run);
+
+}  // namespace corank
