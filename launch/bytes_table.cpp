@@ -44,12 +44,12 @@ std::string quoted(const std::string& path) {
 
 }  // namespace
 
-std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig& adapter,
+std::vector<StepCollective> predicted_step(Session& session, const AdapterConfig& adapter,
                                            const std::vector<BatchSize>& micro_batches) {
   const Mesh& mesh = session.mesh();
   const int64_t element = session.run().model.dtype == at::kFloat ? 4 : 2;
-  return predict_step_bytes(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
-                            static_cast<int>(element), session.run().model.checkpointing, micro_batches);
+  return predict_step(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
+                      static_cast<int>(element), session.run().model.checkpointing, micro_batches);
 }
 
 std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Purpose, int64_t>& full) {
@@ -74,7 +74,8 @@ std::string closing_text(Session& session, const EndRecord& end) {
     AdapterConfig method;
     method.method = "full";
     full.erase(Purpose::adapter_gradients);
-    full[Purpose::weight_gradients] = at_or_zero(predicted_bytes(session, method, {}), Purpose::weight_gradients);
+    full[Purpose::weight_gradients] =
+        at_or_zero(payload_by_purpose(predicted_step(session, method, {})), Purpose::weight_gradients);
     text += bytes_table(counted, full) + "\n";
   }
   const std::string resolved = quoted(run.output_dir + "/run.yaml"), result = quoted(end.result);

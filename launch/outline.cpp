@@ -6,13 +6,13 @@
 namespace corank {
 namespace {
 
-int64_t product(const std::vector<int64_t>& sizes) {
+int64_t outline_elements(const std::vector<int64_t>& sizes) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
   return count;
 }
 
-int64_t bytes_of(const std::vector<NamedWeight>& weights) {
+int64_t saved_bytes(const std::vector<NamedWeight>& weights) {
   int64_t bytes = 0;
   for (const NamedWeight& weight : weights) bytes += static_cast<int64_t>(weight.weight->value.nbytes());
   return bytes;
@@ -32,14 +32,14 @@ Outline outline_of(const RunConfig& run, int tensor) {
   outline.head_dim = model->head_dim();
   outline.base_parameters = num_base_parameters(*model);
   if (!method->trains_base()) {
-    outline.frozen_bytes = base_bytes(*model) - bytes_of(saved_modules(*model, run.adapter));
+    outline.frozen_bytes = base_bytes(*model) - saved_bytes(saved_modules(*model, run.adapter));
     for (const AdaptedLinear* linear : model->linears()) outline.stored_bytes += linear->weight().bytes();
   }
   ParameterStore store;
   register_parameters(*method, *model, store, 0);
   for (const auto& parameter : store.parameters()) {
-    outline.trained += product(parameter.spec.shape);
-    outline.trained_here += product(parameter.spec.shard.local_shape(parameter.spec.shape));
+    outline.trained += outline_elements(parameter.spec.shape);
+    outline.trained_here += outline_elements(parameter.spec.shard.local_shape(parameter.spec.shape));
   }
   return outline;
 }

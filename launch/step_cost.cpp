@@ -4,6 +4,7 @@
 #include <cmath>
 #include <set>
 
+#include "trainer/layers/cross_entropy.h"
 #include "trainer/methods/targets.h"
 
 // Legend: D hidden, V this rank's rows of the vocabulary, e bytes of an activation.
@@ -11,7 +12,6 @@ namespace corank {
 namespace {
 
 constexpr int64_t kMasterBytes = 4;
-constexpr int64_t kLogitsAtOnce = int64_t{1} << 26;       // trainer/layers/cross_entropy.cpp
 constexpr int64_t kProductWorkspace = int64_t{32} << 20;  // cuBLAS takes it from the allocator on Hopper
 
 constexpr size_t kGroupsOfLayer = 4;  // one of each LinearRole
@@ -192,7 +192,7 @@ bool is_packed(const Outline& outline, const std::vector<LinearGroup>& groups, i
 int64_t local_vocabulary(const Outline& outline) { return (outline.shape.vocab + outline.tensor - 1) / outline.tensor; }
 
 int64_t logits_at_once(const Outline& outline, const StepShape& step) {
-  return std::min(step.targets, std::max<int64_t>(16, kLogitsAtOnce / local_vocabulary(outline)));
+  return std::min(step.targets, rows_at_once(local_vocabulary(outline)));
 }
 
 /// While the loss is made: the last hidden states and their targets' rows, logits and their gradient, the head's.

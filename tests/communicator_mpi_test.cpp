@@ -157,7 +157,7 @@ enum class Fault {
 class FaultyCommunicator final : public Communicator {
  public:
   FaultyCommunicator(Communicator& inner, Ledger& ledger, Fault fault)
-      : Communicator(inner.rank(), inner.size(), "faulty", inner.device(), ledger), inner_(inner), fault_(fault) {}
+      : Communicator(inner.ring(), "faulty", inner.device(), ledger), inner_(inner), fault_(fault) {}
 
  protected:
   void do_all_reduce(const at::Tensor& tensor, ReduceOp op) override {
@@ -240,10 +240,20 @@ class CommunicatorTest : public ::testing::TestWithParam<std::string> {
     result.seconds = 0;
     return result;
   }
-  /// What `calls` collectives of `payload` bytes each must count.
-  Traffic expected_traffic(Collective collective, int64_t payload) const {
-    if (comm_->size() == 1) return {};
-    return {1, payload, ring_bytes(collective, payload, comm_->size()), 0};
+  /// What a collective over ranks of one host must count for one call with `tensor`.
+  Traffic expected_traffic(Collective collective, const at::Tensor& tensor) const {
+    const int64_t n = comm_->size(), payload = static_cast<int64_t>(tensor.nbytes());
+    if (n == 1) return {};
+    switch (collective) {
+      case Collective::all_reduce:
+        return {1, payload, 2 * (n - 1) * payload / n, 0};
+      case Collective::all_gather:
+        return {1, payload, (n - 1) * payload, 0};
+      case Collective::reduce_scatter:
+        return {1, payload, (n - 1) * payload / n, 0};
+      default:  // broadcast by rank 0: the ring ends at rank 1
+        return {1, payload, comm_->rank() == 1 ? 0 : payload, 0};
+    }
   }
 
   Ledger ledger_;
@@ -561,17 +571,15 @@ TEST_P(CommunicatorTest, CrossCheckReachesGroupsAndCountsNothing) {
 TEST_P(CommunicatorTest, CountsBytesExactly) {
   const int64_t n = comm_->size();
   for (const at::ScalarType type : kTypes) {
-    const auto width = static_cast<int64_t>(c10::elementSize(type));
     const at::Tensor tensor = ones({12 * n, 5}, type);
-    const int64_t payload = 12 * n * 5 * width;
     EXPECT_EQ(traffic_of([&] { comm_->all_reduce(tensor, ReduceOp::max, kPurpose); }),
-              expected_traffic(Collective::all_reduce, payload));
+              expected_traffic(Collective::all_reduce, tensor));
     EXPECT_EQ(traffic_of([&] { comm_->all_gather(tensor, kPurpose); }),
-              expected_traffic(Collective::all_gather, payload));
+              expected_traffic(Collective::all_gather, tensor));
     EXPECT_EQ(traffic_of([&] { comm_->reduce_scatter(tensor, ReduceOp::max, kPurpose); }),
-              expected_traffic(Collective::reduce_scatter, payload));
+              expected_traffic(Collective::reduce_scatter, tensor));
     EXPECT_EQ(traffic_of([&] { comm_->broadcast(tensor, 0, kPurpose); }),
-              expected_traffic(Collective::broadcast, payload));
+              expected_traffic(Collective::broadcast, tensor));
   }
   EXPECT_EQ(ledger_.at(Purpose::startup), Traffic{});
 }
@@ -736,7 +744,7 @@ TEST(Backends, UnknownNameIsRefusedWithTheListOfThisBuild) {
 TEST(MpiBackend, CutsLongTensorsIntoPieces) {
   Ledger ledger;
   for (const int64_t limit : {1, 3, 7, 16}) {
-    const auto comm = make_mpi_communicator(test_world(), ledger, limit);
+    const auto comm = make_mpi_communicator(test_world(), ledger, {.max_message_bytes = limit});
     for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kLong}) {
       EXPECT_TRUE(all_reduce_is_exact(*comm, {11, 3}, type, ReduceOp::sum)) << limit;
       EXPECT_TRUE(all_gather_is_exact(*comm, {11, 3}, type)) << limit;

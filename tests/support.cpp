@@ -106,8 +106,9 @@ PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model
                                const StepBatches& batches, int64_t step) {
   std::vector<BatchSize> sizes;
   for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-  return predict_step_bytes(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(), run.mesh.dp().size(),
-                            static_cast<int>(at::elementSize(model.dtype)), model.checkpointing, sizes, step);
+  return payload_by_purpose(predict_step(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(),
+                                         run.mesh.dp().size(), static_cast<int>(at::elementSize(model.dtype)),
+                                         model.checkpointing, sizes, step));
 }
 
 void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, int64_t unasked, const std::string& what) {

@@ -26,7 +26,7 @@ Report measure(const RunConfig& run, const World& world) {
   const StepBatches batches = bench.next();
   std::vector<BatchSize> sizes;
   for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-  const auto predicted = predicted_bytes(session, session.run().adapter, sizes);
+  const auto predicted = payload_by_purpose(predicted_step(session, session.run().adapter, sizes));
   const Ledger::Snapshot before = session.ledger().snapshot();
   bench.step(batches, 1);
   Report report;

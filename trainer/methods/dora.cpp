@@ -151,10 +151,10 @@ class Dora : public AdapterMethod {
     cost.backward.output += 3;  // the kept output, and its gradient times the scale, written and read
     return cost;
   }
-  int64_t statistics_bytes(const std::vector<LinearSize>& adapted, int tensor, int, int64_t) const override {
-    int64_t bytes = 0;
-    for (const LinearSize& linear : adapted) bytes += linear.row && tensor > 1 ? 4 * linear.out : 0;
-    return bytes;
+  std::vector<StepCollective> statistics(const std::vector<LinearSize>& adapted, int64_t) const override {
+    int64_t norms = 0;
+    for (const LinearSize& linear : adapted) norms += linear.row ? linear.out : 0;
+    return {{Purpose::adapter_statistics, Axis::tp, {Collective::all_reduce, norms, sizeof(float)}}};
   }
   ModuleParts parts(const std::string& module) const override {
     ModuleParts parts = AdapterMethod::parts(module);

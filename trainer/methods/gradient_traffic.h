@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "comm/ledger.h"
+#include "comm/mesh.h"
 #include "trainer/layers/adapter.h"
 
 namespace corank {
@@ -34,6 +34,14 @@ struct UpdateCost {
   Passes forward, backward;
 };
 
+/// A collective of a step, from formulas.
+struct StepCollective {
+  Purpose purpose = Purpose::adapter_gradients;
+  Axis axis = Axis::world;
+  Transfer transfer;
+  int64_t calls = 1;
+};
+
 /// What a method sends and keeps in a step, from formulas.
 class MethodTraffic {
  public:
@@ -46,10 +54,9 @@ class MethodTraffic {
   virtual GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const = 0;
   /// `linear` is adapted; kept activations are in the run's dtype.
   virtual UpdateCost update_cost(const LinearSize& linear, int tensor) const = 0;
-  /// Bytes of adapter_statistics that one rank hands over in step `step`.
-  virtual int64_t statistics_bytes(const std::vector<LinearSize>& /*adapted*/, int /*tensor*/, int /*data*/,
-                                   int64_t /*step*/) const {
-    return 0;
+  /// The collectives of adapter_statistics in step `step`, over groups of however many ranks.
+  virtual std::vector<StepCollective> statistics(const std::vector<LinearSize>& /*adapted*/, int64_t /*step*/) const {
+    return {};
   }
 };
 

@@ -3,14 +3,13 @@
 #include <algorithm>
 #include <set>
 
+#include "trainer/layers/cross_entropy.h"
 #include "trainer/layers/model.h"
 #include "trainer/methods/start.h"
 #include "trainer/methods/targets.h"
 
 namespace corank {
 namespace {
-
-constexpr int64_t kMasterBytes = 4;
 
 /// Gradients of what no adapter sits on: all of it, or what stands in modules_to_save.
 GradientSizes other_gradients(const TrafficShape& shape, bool full) {
@@ -71,6 +70,36 @@ int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>&
   return sums;
 }
 
+/// The collectives of a step, as they are found. Groups of one rank and empty tensors have none.
+class StepPlan {
+ public:
+  StepPlan(int tensor, int data) : tensor_(tensor), data_(data) {}
+
+  void add(const StepCollective& collective) {
+    if (ranks(collective.axis) > 1 && collective.transfer.elements > 0) collectives_.push_back(collective);
+  }
+  void add_sum(Purpose purpose, Axis axis, int64_t elements, int64_t element_bytes, int64_t calls = 1) {
+    add({purpose, axis, {Collective::all_reduce, elements, element_bytes}, calls});
+  }
+  std::vector<StepCollective> take() { return std::move(collectives_); }
+
+ private:
+  int ranks(Axis axis) const { return axis == Axis::dp ? data_ : axis == Axis::tp ? tensor_ : data_ * tensor_; }
+
+  int tensor_, data_;
+  std::vector<StepCollective> collectives_;
+};
+
+/// The statistics of the softmax travel with each chunk of logits.
+void add_loss(StepPlan& plan, int64_t targets, int64_t head_rows) {
+  const int64_t chunk = rows_at_once(head_rows);
+  for (int64_t begin = 0; begin < targets; begin += chunk) {
+    const int64_t rows = std::min(chunk, targets - begin);
+    plan.add_sum(Purpose::vocabulary_loss, Axis::tp, rows, sizeof(float));
+    plan.add_sum(Purpose::vocabulary_loss, Axis::tp, 2 * rows, sizeof(float));
+  }
+}
+
 }  // namespace
 
 TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
@@ -89,9 +118,9 @@ TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
   return shape;
 }
 
-std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
-                                              int data, int activation_bytes, Checkpointing checkpointing,
-                                              const std::vector<BatchSize>& micro_batches, int64_t step) {
+std::vector<StepCollective> predict_step(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
+                                         int activation_bytes, Checkpointing checkpointing,
+                                         const std::vector<BatchSize>& micro_batches, int64_t step) {
   const auto method = make_method(adapter);
   const bool full = method->trains_base();
   const auto trained = trained_linears(shape, adapter, full);
@@ -101,24 +130,37 @@ std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const A
     sizes.everywhere += one.everywhere;
     sizes.data += one.data;
   }
-  std::map<Purpose, int64_t> bytes;
-  const auto add = [&](Purpose purpose, int64_t count) {
-    if (count > 0) bytes[purpose] += count;
-  };
-  const Purpose gradients = method->gradient_purpose();
-  if (data * tensor > 1) add(gradients, kMasterBytes * sizes.everywhere);
-  if (data > 1) add(gradients, kMasterBytes * sizes.data);
-  if (data > 1) add(Purpose::data_control, 16 + 8);      // counts of targets and tokens, loss
-  if (data * tensor > 1) add(Purpose::data_control, 8);  // request to stop
-  add(Purpose::adapter_statistics, method->statistics_bytes(trained, tensor, data, step));
-  if (tensor == 1) return bytes;
-  add(Purpose::gradient_norm, 8);
+  StepPlan plan(tensor, data);
+  plan.add_sum(method->gradient_purpose(), Axis::world, sizes.everywhere, sizeof(float));
+  plan.add_sum(method->gradient_purpose(), Axis::dp, sizes.data, sizeof(float));
+  plan.add_sum(Purpose::data_control, Axis::dp, 2, sizeof(int64_t));     // targets and tokens
+  plan.add_sum(Purpose::data_control, Axis::dp, 1, sizeof(double));      // loss
+  plan.add_sum(Purpose::data_control, Axis::world, 1, sizeof(int64_t));  // request to stop
+  for (const StepCollective& collective : method->statistics(trained, step)) plan.add(collective);
+  plan.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
+  const int64_t sums = sums_per_token(shape, trained, full, checkpointing);
   for (const BatchSize& batch : micro_batches) {
-    const int64_t sums = sums_per_token(shape, trained, full, checkpointing) * batch.tokens + batch.targets;
-    add(Purpose::tensor_activations, sums * shape.hidden * activation_bytes);
-    add(Purpose::vocabulary_loss, 3 * 4 * batch.targets);
+    plan.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
+    add_loss(plan, batch.targets, (shape.vocab + tensor - 1) / tensor);
+    plan.add_sum(Purpose::tensor_activations, Axis::tp, batch.targets * shape.hidden, activation_bytes);
   }
+  return plan.take();
+}
+
+std::map<Purpose, int64_t> payload_by_purpose(const std::vector<StepCollective>& collectives) {
+  std::map<Purpose, int64_t> bytes;
+  for (const auto& [purpose, axis, transfer, calls] : collectives) bytes[purpose] += calls * transfer.payload_bytes();
   return bytes;
+}
+
+Ledger::Snapshot traffic_by_purpose(const std::vector<StepCollective>& collectives,
+                                    const std::function<Ring(Axis)>& ring) {
+  Ledger ledger;
+  for (const auto& [purpose, axis, transfer, calls] : collectives) {
+    const Traffic one = ring_traffic(transfer, ring(axis));
+    for (int64_t call = 0; call < calls; ++call) ledger.record(purpose, one);
+  }
+  return ledger.snapshot();
 }
 
 }  // namespace corank
