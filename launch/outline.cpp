@@ -18,6 +18,15 @@ int64_t saved_bytes(const std::vector<NamedWeight>& weights) {
   return bytes;
 }
 
+/// Of the blocks' linears. Every rank has the whole bias of a row-parallel one.
+int64_t bias_bytes(const Outline& outline, at::ScalarType dtype) {
+  int64_t elements = 0;
+  for (const LinearSize& linear : outline.shape.linears) {
+    if (linear.bias) elements += linear.row ? linear.out : linear.out / outline.tensor;
+  }
+  return elements * static_cast<int64_t>(c10::elementSize(dtype));
+}
+
 }  // namespace
 
 Outline outline_of(const RunConfig& run, int tensor) {
@@ -32,7 +41,8 @@ Outline outline_of(const RunConfig& run, int tensor) {
   outline.head_dim = model->head_dim();
   outline.base_parameters = num_base_parameters(*model);
   if (!method->trains_base()) {
-    outline.frozen_bytes = base_bytes(*model) - saved_bytes(saved_modules(*model, run.adapter));
+    outline.frozen_bytes =
+        base_bytes(*model) + bias_bytes(outline, run.model.dtype) - saved_bytes(saved_modules(*model, run.adapter));
     for (const AdaptedLinear* linear : model->linears()) outline.stored_bytes += linear->weight().bytes();
   }
   ParameterStore store;

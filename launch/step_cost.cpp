@@ -22,7 +22,8 @@ struct LinearGroup {
   int64_t in = 0, out = 0;  ///< features of this rank
   int64_t weights = 0;      ///< elements of this rank
   bool trains = false;
-  int64_t update_kept = 0;                         ///< elements a token that updates keep
+  int64_t update_kept = 0;  ///< elements a token that updates keep
+  int64_t update_kept_once = 0;
   double forward_passes = 0, backward_passes = 0;  ///< elements a token that updates read and write
   int64_t state_bytes = 0;
 };
@@ -39,6 +40,12 @@ bool trains(const Outline& outline, const AdapterMethod& method, WeightRole role
   return method.trains_base() || std::any_of(others.begin(), others.end(), [&](const TrafficShape::Other& other) {
            return other.saved && other.role == role;
          });
+}
+
+bool tied_head(const Outline& outline) {
+  const auto& others = outline.shape.others;
+  return std::none_of(others.begin(), others.end(),
+                      [](const TrafficShape::Other& other) { return other.role == WeightRole::head; });
 }
 
 /// Whether what follows the linear keeps its output as it is: v for attention, gate and up for their product. One
@@ -69,6 +76,7 @@ LinearGroup group_of(const Outline& outline, const AdapterMethod& method, const 
     group.trains = true;
     const UpdateCost cost = method.update_cost(linear, outline.tensor);
     group.update_kept += cost.kept;
+    group.update_kept_once += cost.kept_once;
     if (cost.keeps_output && !output_is_kept(together, i, row_in, has_head_norms(outline.shape)))
       group.update_kept += out;
     group.forward_passes +=
@@ -156,6 +164,21 @@ class KeptWalk {
   bool head_norms_, recomputes_, flows_;
 };
 
+/// Whether the frozen linears are stored in fewer bytes than they multiply with.
+bool is_packed(const Outline& outline, const std::vector<LinearGroup>& groups, int64_t element_bytes) {
+  int64_t weights = 0;
+  for (const LinearGroup& group : groups) weights += group.weights;
+  return outline.stored_bytes > 0 && outline.stored_bytes < element_bytes * weights;
+}
+
+int64_t local_vocabulary(const Outline& outline) { return (outline.shape.vocab + outline.tensor - 1) / outline.tensor; }
+
+/// Made with the loss, float32, and kept until it is added.
+int64_t head_gradient(const Outline& outline, const AdapterMethod& method) {
+  const bool trained = trains(outline, method, tied_head(outline) ? WeightRole::embedding : WeightRole::head);
+  return trained ? kMasterBytes * local_vocabulary(outline) * outline.shape.hidden : 0;
+}
+
 /// Bytes of one micro-batch: kept from forward for backward, and what recomputing one block brings back.
 struct KeptBytes {
   int64_t always = 0, again = 0;
@@ -179,17 +202,14 @@ KeptBytes kept_bytes(const Outline& outline, const AdapterMethod& method, const 
     }
   }
   a_token.always += walk.norm();
-  return {a_token.always * step.tokens() + hidden * step.targets, a_token.again * step.tokens()};
+  int64_t once = 0;
+  if (step.checkpointing != Checkpointing::full) {
+    for (const LinearGroup& group : groups) once += group.update_kept_once * step.element_bytes;
+  }
+  if (trains(outline, method, WeightRole::embedding)) a_token.always += 8 + 1;  // its rows, and whether they are here
+  return {once + a_token.always * step.tokens() + hidden * step.targets + head_gradient(outline, method),
+          a_token.again * step.tokens()};
 }
-
-/// Whether the frozen linears are stored in fewer bytes than they multiply with.
-bool is_packed(const Outline& outline, const std::vector<LinearGroup>& groups, int64_t element_bytes) {
-  int64_t weights = 0;
-  for (const LinearGroup& group : groups) weights += group.weights;
-  return outline.stored_bytes > 0 && outline.stored_bytes < element_bytes * weights;
-}
-
-int64_t local_vocabulary(const Outline& outline) { return (outline.shape.vocab + outline.tensor - 1) / outline.tensor; }
 
 int64_t logits_at_once(const Outline& outline, const StepShape& step) {
   return std::min(step.targets, rows_at_once(local_vocabulary(outline)));
@@ -199,8 +219,8 @@ int64_t logits_at_once(const Outline& outline, const StepShape& step) {
 int64_t loss_workspace(const Outline& outline, const AdapterMethod& method, const StepShape& step) {
   const int64_t e = step.element_bytes, hidden = outline.shape.hidden, vocab = local_vocabulary(outline);
   const int64_t rows = logits_at_once(outline, step), copy = e == kMasterBytes ? 0 : e;
-  const int64_t head = trains(outline, method, WeightRole::head) ? 2 * kMasterBytes * vocab * hidden : 0;
-  return (step.tokens() + step.targets + rows) * hidden * e + rows * vocab * (kMasterBytes + copy) + head;
+  return (step.tokens() + step.targets + rows) * hidden * e + rows * vocab * (kMasterBytes + copy) +
+         head_gradient(outline, method);
 }
 
 /// In the last layer's feed-forward half: gradients of its product and of that product's factors, in place of the
@@ -227,7 +247,7 @@ void add_weights_and_loss(const Outline& outline, const AdapterMethod& method, c
   work.product_flops += 4 * head * targets;
   work.bytes +=
       (16 + e) * static_cast<double>(local_vocabulary(outline)) * targets;  // logits: 4 read or written 4 times
-  if (trains(outline, method, WeightRole::head)) {
+  if (head_gradient(outline, method) > 0) {
     const double chunks =
         std::ceil(static_cast<double>(step.targets) / static_cast<double>(logits_at_once(outline, step)));
     work.gradient_flops += 2 * head * targets;
@@ -257,6 +277,7 @@ MemoryPlan memory_of(const Outline& outline, const AdapterMethod& method, const 
   const std::vector<LinearGroup> groups = groups_of(outline, method);
   const int64_t copy = step.element_bytes == kMasterBytes ? 0 : step.element_bytes;
   const KeptBytes kept = kept_bytes(outline, method, groups, step);
+  const int64_t done_with = tied_head(outline) ? 0 : head_gradient(outline, method);  // before the layers' backward
   MemoryPlan plan;
   plan.base = outline.frozen_bytes;
   plan.adapter = (kMasterBytes + copy) * outline.trained_here;
@@ -264,8 +285,9 @@ MemoryPlan memory_of(const Outline& outline, const AdapterMethod& method, const 
   plan.moments = 2 * kMasterBytes * outline.trained_here;
   for (const LinearGroup& group : groups) plan.moments += group.state_bytes;
   plan.activations = kept.always;
-  plan.workspace = kProductWorkspace + std::max(loss_workspace(outline, method, step),
-                                                kept.again + backward_workspace(outline, method, groups, step));
+  plan.workspace =
+      kProductWorkspace + std::max(loss_workspace(outline, method, step),
+                                   kept.again + backward_workspace(outline, method, groups, step) - done_with);
   return plan;
 }
 

@@ -107,7 +107,8 @@ class AdaLora : public AdapterMethod {
   UpdateCost update_cost(const LinearSize& linear, int tensor) const override {
     UpdateCost cost = lora_update_cost(rank_of(linear.name));
     const GradientSizes sizes = gradient_sizes(linear, tensor);
-    cost.state_bytes = 3 * 4 * (sizes.everywhere + sizes.data);  // state()
+    cost.state_bytes = 3 * 4 * (sizes.everywhere + sizes.data);                             // state()
+    cost.kept_once = rank_of(linear.name) * (linear.row ? linear.in / tensor : linear.in);  // diag(E) A
     return cost;
   }
   std::vector<StepCollective> statistics(const std::vector<LinearSize>& adapted, int64_t step) const override {

@@ -22,7 +22,7 @@ struct GradientSizes {
   int64_t everywhere = 0, data = 0;
 };
 
-/// What the update of one adapted linear costs a rank beside its parameters; counts a token, over the rank's features.
+/// What the update of one adapted linear costs a rank beside its parameters; counts are a token's unless they say more.
 struct UpdateCost {
   /// How often the linear's input and output features pass through memory.
   struct Passes {
@@ -30,6 +30,7 @@ struct UpdateCost {
   };
   int64_t kept = 0;           ///< elements that forward leaves for backward, beside the input
   bool keeps_output = false;  ///< and the output of the linear itself
+  int64_t kept_once = 0;      ///< elements that one pass leaves, however many tokens it has
   int64_t state_bytes = 0;    ///< of the linear, beside masters, gradients and moments
   Passes forward, backward;
 };
