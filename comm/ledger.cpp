@@ -10,14 +10,14 @@ std::string_view name(Purpose purpose) {
       return "weight-gradients";
     case Purpose::tensor_activations:
       return "tensor-activations";
+    case Purpose::base_gathers:
+      return "base-gathers";
     case Purpose::vocabulary_loss:
       return "vocabulary-loss";
     case Purpose::gradient_norm:
       return "gradient-norm";
     case Purpose::adapter_statistics:
       return "adapter-statistics";
-    case Purpose::base_gathers:
-      return "base-gathers";
     case Purpose::data_control:
       return "data-control";
     case Purpose::checkpoint:
@@ -67,6 +67,14 @@ int64_t ring_bytes(const Transfer& transfer, const Ring& ring) {
     return 0;
   };
   return sent() * transfer.element_bytes;
+}
+
+std::string_view name(Link link) { return link == Link::inside_host ? "inside-host" : "between-hosts"; }
+
+LinkBytes Traffic::over(Link link) const {
+  const LinkBytes between{payload_between_hosts, sent_between_hosts};
+  if (link == Link::between_hosts) return between;
+  return {payload_bytes - between.payload, sent_bytes - between.sent};
 }
 
 Traffic& Traffic::operator+=(const Traffic& other) {

@@ -13,13 +13,13 @@ enum class Purpose {
   adapter_gradients,   ///< sum of adapter gradients, once a step
   weight_gradients,    ///< the same where base weights train (full fine-tuning)
   tensor_activations,  ///< activations and their gradients between tensor-parallel ranks
+  base_gathers,        ///< frozen weights gathered from the data-parallel ranks that share them
   vocabulary_loss,     ///< softmax statistics of the vocabulary-parallel cross entropy
   gradient_norm,       ///< squares of sharded gradients
   adapter_statistics,  ///< what a method sums beside gradients: DoRA's norms, AdaLoRA's Gram matrices and scores
-  base_gathers,        ///< frozen weights gathered from the data-parallel ranks
   data_control,        ///< token counts, losses
   checkpoint,          ///< shards gathered for a save
-  startup,             ///< agreement and rendezvous before the first step
+  startup,             ///< agreement and rendezvous before the first step, the sum of counts after the last
 };
 inline constexpr int kNumPurposes = 10;
 
@@ -48,6 +48,20 @@ struct Transfer {
 /// took this ring.
 int64_t ring_bytes(const Transfer& transfer, const Ring& ring);
 
+/// What bytes go over.
+enum class Link { inside_host, between_hosts };
+inline constexpr std::array kLinks{Link::inside_host, Link::between_hosts};
+
+/// "inside-host", "between-hosts".
+std::string_view name(Link link);
+
+struct LinkBytes {
+  int64_t payload = 0;  ///< handed to groups inside a host, or to groups that span hosts
+  int64_t sent = 0;     ///< to a rank on this host, or on another one
+
+  bool operator==(const LinkBytes&) const = default;
+};
+
 struct Traffic {
   int64_t calls = 0;
   int64_t payload_bytes = 0;          ///< what this rank handed to collectives of more than one rank
@@ -55,6 +69,8 @@ struct Traffic {
   double seconds = 0;                 ///< time inside the collectives; on CUDA only while timing is on
   int64_t payload_between_hosts = 0;  ///< of payload_bytes: handed to groups that span hosts
   int64_t sent_between_hosts = 0;     ///< of sent_bytes: to a rank on another host
+
+  LinkBytes over(Link link) const;
 
   Traffic& operator+=(const Traffic& other);
   Traffic operator-(const Traffic& other) const;

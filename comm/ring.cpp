@@ -6,7 +6,7 @@
 
 namespace corank {
 
-Ring::Ring(const std::vector<int>& hosts, int rank) : ranks_(hosts.size()) {
+Ring::Ring(const std::vector<int>& hosts, int rank) : hosts_(hosts), ranks_(hosts.size()) {
   const auto first_of_host = [&](int r) { return std::find(hosts.begin(), hosts.end(), hosts[r]) - hosts.begin(); };
   std::iota(ranks_.begin(), ranks_.end(), 0);
   std::sort(ranks_.begin(), ranks_.end(),

@@ -14,6 +14,8 @@ class Ring {
   /// `hosts` by rank: equal numbers for ranks of one host.
   Ring(const std::vector<int>& hosts, int rank);
 
+  /// As given.
+  const std::vector<int>& hosts() const { return hosts_; }
   int size() const { return static_cast<int>(ranks_.size()); }
   int rank() const { return rank_at(position_); }
   /// This rank's place in the order.
@@ -25,12 +27,14 @@ class Ring {
   /// Whom this rank receives from.
   int previous() const { return rank_at(position_ - 1); }
 
+  bool operator==(const Ring&) const = default;
+
   bool spans_hosts() const { return spans_hosts_; }
   /// Whether next() is on another host.
   bool leaves_host() const { return leaves_host_; }
 
  private:
-  std::vector<int> ranks_;
+  std::vector<int> hosts_, ranks_;
   int position_ = 0;
   bool spans_hosts_ = false, leaves_host_ = false;
 };

@@ -62,7 +62,7 @@ void read_data(const Section& s, DataConfig& d) {
 void read_parallel(const Section& s, ParallelConfig& p) {
   p.tensor = within<int64_t>(s, "tensor", s.get<int64_t>("tensor", p.tensor), 1, kMaxRanks);
   p.backend = s.get_choice("backend", default_backend(), backend_names());
-  s.get_choice("shard_base", "none", {"none"});
+  p.shard_base = s.get_choice("shard_base", p.shard_base, shard_base_names());
 }
 
 Checkpointing checkpointing_of(const std::string& name) {
@@ -182,6 +182,12 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   }
   read_data(file.section("data"), run.data);
   read_parallel(file.section("parallel"), run.parallel);
+  if (run.parallel.shard_base != "none" && make_method(run.adapter)->trains_base()) {
+    file.section("parallel")
+        .fail("shard_base", fmt::format("weights that train cannot be sharded yet, and method {} "
+                                        "trains them; leave it out",
+                                        run.adapter.method));
+  }
   read_train(file.section("train"), run.train, run.model);
   if (run.data.packing && run.train.num_train_epochs.value_or(0) > kMaxPackedEpochs) {
     file.section("train").fail("num_train_epochs", fmt::format("{} is more than the {} that data.packing allows",
@@ -230,8 +236,8 @@ std::string RunConfig::yaml() const {
       model.path.empty() ? "shape: " + yaml::quoted(model.shape) : "path: " + yaml::quoted(model.path);
   std::string text = "model:\n  " + place + "\n" + model_yaml(model) + adapter_yaml(adapter);
   text += "data:\n" + data_files_yaml(data) + data_yaml(data) + train_yaml(train, model.checkpointing);
-  text +=
-      fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  shard_base: none\n", parallel.tensor, parallel.backend);
+  text += fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  shard_base: {}\n", parallel.tensor, parallel.backend,
+                      parallel.shard_base);
   if (!output_dir.empty()) text += "output_dir: " + yaml::quoted(output_dir) + "\n";
   text += fmt::format("logging_steps: {}\neval_steps: {}\nsave_steps: {}\nsave_total_limit: {}\nresume: {}\n",
                       logging_steps, eval_steps, save_steps, save_total_limit, yaml::quoted(resume));

@@ -21,7 +21,8 @@ struct DataConfig {
 
 struct ParallelConfig {
   int64_t tensor = 1;
-  std::string backend;  ///< resolved: mpi or nccl
+  std::string backend;              ///< resolved: mpi or nccl
+  std::string shard_base = "none";  ///< one of shard_base_names()
 };
 
 struct TrainConfig {

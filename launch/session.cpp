@@ -50,7 +50,9 @@ SavedAdapter read_run_adapter(const RunConfig& run, Model& model) {
 Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh_(make_mesh(run_, world, ledger_)) {
   require_equal(mesh_->world(), run_.yaml(), "the run (run file and overrides)");
   run_.model.device = mesh_->device();
-  model_ = load_model(run_.model, mesh_->tp());
+  ModelOptions options = run_.model;
+  options.residency = make_residency(run_.parallel.shard_base, mesh_->dp());
+  model_ = load_model(options, mesh_->tp());
   std::optional<SavedAdapter> file;
   if (!run_.adapter.path.empty()) {
     file = read_run_adapter(run_, *model_);

@@ -5,7 +5,7 @@
 #include "trainer/ops/random.h"
 
 // The CUDA attention kernels in bfloat16 against the plain formula in float32, forward and backward: uniform and ragged
-// segments, several head sizes, windows and groups of queries.
+// segments, several head sizes, windows and groups of queries, with and without causality.
 namespace corank::ops {
 namespace {
 
@@ -25,10 +25,10 @@ using Function = at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::
                                 const AttentionRule&);
 
 Result run(Function function, const std::vector<at::Tensor>& qkvg, at::ScalarType dtype, const Segments& segments,
-           int64_t window) {
+           const AttentionRule& rule) {
   std::vector<at::Tensor> in;
   for (int i = 0; i < 3; ++i) in.push_back(qkvg[i].to(dtype).detach().requires_grad_());
-  const at::Tensor out = function(in[0], in[1], in[2], segments, {0.3, window});
+  const at::Tensor out = function(in[0], in[1], in[2], segments, rule);
   const auto grads = torch::autograd::grad({out}, in, {qkvg[3].to(dtype)});
   return {out.detach(), grads[0], grads[1], grads[2]};
 }
@@ -37,11 +37,16 @@ TEST(AttentionGpu, EveryShapeIsThePlainFormula) {
   const std::vector<std::vector<int64_t>> sets{{64},     {63},    {128, 128}, {9, 9},         {12, 12, 12}, {22, 22},
                                                {20, 21}, {5, 24}, {1, 7},     {10, 8, 9, 30}, {256, 256},   {300},
                                                {2, 2},   {1},     {1, 1, 1},  {64, 1, 64}};
-  const std::vector<std::pair<int64_t, int64_t>> sizes{{8, 0}, {64, 0}, {128, 0}, {64, 1}, {64, 16}, {128, 100}};
-  for (const auto& [width, window] : sizes) {
+  struct Size {
+    int64_t width, window = 0;
+    bool causal = true;
+  };
+  const std::vector<Size> sizes{{8}, {64}, {128}, {64, 1}, {64, 16}, {128, 100}, {64, 0, false}, {128, 0, false}};
+  for (const auto& [width, window, causal] : sizes) {
+    const AttentionRule rule{0.3, window, {}, 0, causal};
     for (const auto& lengths : sets) {
       SCOPED_TRACE(testing::PrintToString(lengths) + " x " + std::to_string(width) + " window " +
-                   std::to_string(window));
+                   std::to_string(window) + (causal ? "" : " not causal"));
       std::vector<int64_t> ends{0};
       for (const int64_t length : lengths) ends.push_back(ends.back() + length);
       const Segments segments{at::tensor(ends, at::kLong).to(at::kCUDA, at::kInt), lengths,
@@ -49,8 +54,8 @@ TEST(AttentionGpu, EveryShapeIsThePlainFormula) {
       const int64_t n = ends.back();
       const std::vector<at::Tensor> qkvg{random({n, 8, width}, "q"), random({n, 4, width}, "k"),
                                          random({n, 4, width}, "v"), random({n, 8 * width}, "g")};
-      const Result fast = run(attention, qkvg, at::kBFloat16, segments, window);
-      const Result plain = run(attention_reference, qkvg, at::kFloat, segments, window);
+      const Result fast = run(attention, qkvg, at::kBFloat16, segments, rule);
+      const Result plain = run(attention_reference, qkvg, at::kFloat, segments, rule);
       EXPECT_LT(relative_error(fast.out, plain.out), 5e-3);
       EXPECT_LT(relative_error(fast.dv, plain.dv), 1e-2);
       // Where one key is all there is, the softmax is constant and these are zero up to rounding.

@@ -240,7 +240,7 @@ class CommunicatorTest : public ::testing::TestWithParam<std::string> {
     result.seconds = 0;
     return result;
   }
-  /// What a collective over ranks of one host must count for one call with `tensor`.
+  /// What a collective over ranks of one host, which these are, must count for one call with `tensor`.
   Traffic expected_traffic(Collective collective, const at::Tensor& tensor) const {
     const int64_t n = comm_->size(), payload = static_cast<int64_t>(tensor.nbytes());
     if (n == 1) return {};
@@ -674,6 +674,12 @@ TEST_P(CommunicatorTest, MeshHasNeighboursInTensorGroups) {
     EXPECT_EQ(mesh.tp().axis(), "tp");
     EXPECT_EQ(mesh.dp().axis(), "dp");
     EXPECT_EQ(mesh.device(), comm_->device());
+    for (const Axis axis : {Axis::world, Axis::dp, Axis::tp}) {
+      const Ring& ring = mesh.group(axis).ring();
+      EXPECT_EQ(ring, ring_of(axis, comm_->ring().hosts(), tensor, comm_->rank()));
+      EXPECT_EQ(ring.rank(), mesh.group(axis).rank());
+      EXPECT_EQ(ring.size(), mesh.group(axis).size());
+    }
     EXPECT_TRUE(is_exact(mesh.tp()));
     EXPECT_TRUE(is_exact(mesh.dp()));
     EXPECT_TRUE(is_exact(mesh.world()));
@@ -752,6 +758,27 @@ TEST(MpiBackend, CutsLongTensorsIntoPieces) {
       EXPECT_TRUE(broadcast_is_exact(*comm, {11, 3}, type, comm->size() - 1)) << limit;
     }
     EXPECT_TRUE(is_exact(*comm->split(comm->rank() % 2, "half")));
+  }
+}
+
+TEST(MpiBackend, RingsGoHostByHost) {
+  const int rank = test_world().rank(), size = test_world().size();
+  const std::vector<std::function<int(int)>> hosts_of = {[](int) { return 0; }, [](int r) { return r / 2; },
+                                                         [](int r) { return r % 2; }, [](int r) { return r; }};
+  for (const auto& host_of : hosts_of) {
+    std::vector<int> hosts;
+    for (int r = 0; r < size; ++r) hosts.push_back(host_of(r));
+    Ledger ledger;
+    const auto comm = make_mpi_communicator(test_world(), ledger, {.host = host_of(rank)});
+    EXPECT_EQ(comm->ring(), Ring(hosts, rank));
+    EXPECT_TRUE(is_exact(*comm));
+    const auto half = comm->split(rank % 2, "half");
+    EXPECT_EQ(half->ring(), ring_of(Axis::dp, hosts, 2, rank));
+    EXPECT_TRUE(is_exact(*half));
+    // The sum of a random tensor is the same bits everywhere, however the ring goes.
+    const at::Tensor tensor = random_values(rank, 1003, at::kFloat, 4);
+    comm->all_reduce(tensor, ReduceOp::sum, kPurpose);
+    EXPECT_TRUE(same_bits_everywhere(*comm, tensor));
   }
 }
 

@@ -352,6 +352,26 @@ TEST(Attention, AWindowHoldsTheTokenAndTheOnesBeforeIt) {
   EXPECT_LT(relative_error(last.view({2, 4, 6}), y.narrow(0, 5, 2)), 1e-13);
 }
 
+/// The plain formula itself: each token's softmax over all keys of its segment, those behind it too.
+TEST(Attention, WithoutCausalityATokenSeesItsWholeSegment) {
+  const at::Tensor q = leaf({9, 4, 6}, "q"), k = leaf({9, 2, 6}, "k"), v = leaf({9, 2, 6}, "v");
+  const Segments s = segments_of({4, 1, 4});
+  AttentionRule rule{0.4};
+  rule.causal = false;
+  const at::Tensor y = attention(q, k, v, s, rule).view({9, 4, 6});
+  for (const int64_t token : {0, 2, 4, 5, 8}) {
+    const int64_t first = token < 4 ? 0 : token < 5 ? 4 : 5, length = token == 4 ? 1 : 4;
+    const at::Tensor keys = k.narrow(0, first, length), values = v.narrow(0, first, length);
+    const at::Tensor p = at::softmax(at::mv(keys.select(1, 1), q[token][2]) * 0.4, 0);
+    EXPECT_LT(relative_error(y[token][2], at::mv(values.select(1, 1).t(), p)), 1e-13) << token;
+  }
+  EXPECT_GT(relative_error(y, attention(q, k, v, s, {0.4}).view({9, 4, 6})), 0.1);
+  EXPECT_LT(relative_error(y, attention_reference(q, k, v, s, rule).view({9, 4, 6})), 1e-13);
+  EXPECT_LT(gradient_error([&] { return weigh(attention(q, k, v, s, rule)); }, {q, k, v}), kGradientBound);
+  rule.window = 3;
+  EXPECT_THROW(attention(q, k, v, s, rule), c10::Error);
+}
+
 /// Dropout of probabilities: the plain formula with a mask that depends on query, head and key alone.
 TEST(Attention, DropoutHasTheSameMaskInEveryLayout) {
   const at::Tensor q = leaf({7, 4, 6}, "q"), k = leaf({7, 2, 6}, "k"), v = leaf({7, 2, 6}, "v");

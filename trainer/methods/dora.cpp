@@ -156,6 +156,7 @@ class Dora : public AdapterMethod {
     for (const LinearSize& linear : adapted) norms += linear.row ? linear.out : 0;
     return {{Purpose::adapter_statistics, Axis::tp, {Collective::all_reduce, norms, sizeof(float)}}};
   }
+  int64_t base_reads() const override { return 1; }  // the norms, after each update
   ModuleParts parts(const std::string& module) const override {
     ModuleParts parts = AdapterMethod::parts(module);
     parts.push_back({kMagnitude, {-1}});

@@ -59,6 +59,8 @@ class MethodTraffic {
   virtual std::vector<StepCollective> statistics(const std::vector<LinearSize>& /*adapted*/, int64_t /*step*/) const {
     return {};
   }
+  /// How often a step reads the frozen weight of an adapted linear apart from products.
+  virtual int64_t base_reads() const { return 0; }
 };
 
 /// LoRA's factors: the one that the split does not touch is replicated.

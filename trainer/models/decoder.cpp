@@ -235,7 +235,8 @@ class SelfAttention {
       : index_(index),
         head_dim_(c.head_dim),
         name_(layer + "attention"),
-        rule_{1 / std::sqrt(static_cast<double>(c.head_dim)), c.windows.empty() ? 0 : c.windows[index]},
+        rule_{
+            1 / std::sqrt(static_cast<double>(c.head_dim)), c.windows.empty() ? 0 : c.windows[index], {}, 0, c.causal},
         dropout_(c.attention_dropout),
         residual_dropout_(c.residual_dropout),
         qkv_(LinearRole::attention_in, layer, c.names.qkv, c.hidden_size,
@@ -364,6 +365,7 @@ class Decoder : public Model {
   Decoder(const DecoderConfig& config, const ModelOptions& options, PartLoader load, Communicator& tp)
       : config_(config),
         tp_(tp),
+        residency_(options.residency),
         vocab_shard_(Shard::of(0, config.vocab_size, tp)),
         embedding_(load.vocabulary(config.names.embedding + ".weight", config.vocab_size, config.hidden_size)),
         final_norm_(config.names.final_norm, config, load) {
@@ -386,6 +388,7 @@ class Decoder : public Model {
   }
 
   at::Tensor forward(const ForwardContext& context) const override {
+    residency_->begin_forward();
     at::Tensor x_ND = embedding(context.batch.tokens_N, embedding_, vocab_shard_.start, tp_);
     if (positions_.defined()) x_ND = x_ND + lookup(context.batch.positions_N, positions_);
     Stream stream{ops::dropout_node(x_ND, base_dropout(config_.embedding_dropout, "embedding", context)), {}};
@@ -431,6 +434,7 @@ class Decoder : public Model {
  private:
   DecoderConfig config_;
   Communicator& tp_;
+  std::shared_ptr<Residency> residency_;
   Shard vocab_shard_;
   ops::Weight embedding_, positions_, head_;
   std::vector<std::unique_ptr<Layer>> layers_;

@@ -54,6 +54,7 @@ struct DecoderConfig {
   double embedding_dropout = 0, attention_dropout = 0, residual_dropout = 0;  ///< of the base, in training
   RopeConfig rope;
   std::vector<int64_t> windows;  ///< of each layer, as in ops::AttentionRule; empty: none has one
+  bool causal = true;            ///< as in ops::AttentionRule
 };
 
 std::unique_ptr<Blueprint> decoder_blueprint(DecoderConfig config);

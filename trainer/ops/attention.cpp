@@ -40,7 +40,7 @@ at::Tensor drop(const at::Tensor& p_1HTT, const AttentionRule& rule) {
   return at::stack(heads).unsqueeze(0);
 }
 
-/// Plain causal attention of the last rows of one sequence.
+/// Plain attention of the last rows of one sequence.
 at::Tensor plain_segment(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd,
                          const AttentionRule& rule) {
   const int64_t group = q_NHd.size(1) / k_TKd.size(1);
@@ -48,8 +48,8 @@ at::Tensor plain_segment(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const
   const at::Tensor q = heads_first(q_NHd).to(dtype);
   const at::Tensor k = heads_first(k_TKd).repeat_interleave(group, 1).to(dtype);
   const at::Tensor v = heads_first(v_TKd).repeat_interleave(group, 1).to(dtype);
-  const at::Tensor mask = causal_mask(q.size(2), k.size(2), rule.window, q.options());
-  const at::Tensor scores = at::matmul(q, k.transpose(-1, -2)) * rule.scale + mask;
+  at::Tensor scores = at::matmul(q, k.transpose(-1, -2)) * rule.scale;
+  if (rule.causal) scores = scores + causal_mask(q.size(2), k.size(2), rule.window, q.options());
   return tokens_first(at::matmul(drop(at::softmax(scores, -1), rule), v)).to(q_NHd.scalar_type());
 }
 
@@ -59,7 +59,7 @@ struct AttentionCall : torch::CustomClassHolder {
 
   /// True if some token of a segment this long does not see all before it.
   bool window_cuts(int64_t length) const { return rule.window > 0 && length > rule.window; }
-  /// Of a whole segment; absent where plain causality says it all.
+  /// Of a whole segment; absent where the kernels' own rule, causal or not, says it all.
   std::optional<at::Tensor> mask(int64_t length, const at::TensorOptions& options) const {
     if (!window_cuts(length)) return std::nullopt;
     return causal_mask(length, length, rule.window, options);
@@ -81,8 +81,9 @@ at::Tensor cpu_forward(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   for (int64_t length : call.segments.lengths) {
     const auto part = [&](const at::Tensor& x) { return heads_first(x.narrow(0, start, length)); };
     const auto mask = call.mask(length, q.options());
-    auto [o, lse] = at::_scaled_dot_product_flash_attention_for_cpu(part(q), part(k), part(v), /*dropout_p=*/0,
-                                                                    /*is_causal=*/!mask, mask, call.rule.scale);
+    auto [o, lse] =
+        at::_scaled_dot_product_flash_attention_for_cpu(part(q), part(k), part(v), /*dropout_p=*/0,
+                                                        /*is_causal=*/call.rule.causal && !mask, mask, call.rule.scale);
     out.narrow(0, start, length).copy_(tokens_first(o));
     kept.push_back(lse);
     start += length;
@@ -99,8 +100,8 @@ variable_list cpu_backward(const at::Tensor& grad, const at::Tensor& q, const at
     const auto part = [&](const at::Tensor& x) { return heads_first(x.narrow(0, start, length)); };
     const auto mask = call.mask(length, q.options());
     auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-        part(grad), part(q), part(k), part(v), part(out), kept[s], /*dropout_p=*/0, /*is_causal=*/!mask, mask,
-        call.rule.scale);
+        part(grad), part(q), part(k), part(v), part(out), kept[s], /*dropout_p=*/0,
+        /*is_causal=*/call.rule.causal && !mask, mask, call.rule.scale);
     grads[0].narrow(0, start, length).copy_(tokens_first(dq));
     grads[1].narrow(0, start, length).copy_(tokens_first(dk));
     grads[2].narrow(0, start, length).copy_(tokens_first(dv));
@@ -138,7 +139,7 @@ at::Tensor cudnn_forward(const at::Tensor& q, const at::Tensor& k, const at::Ten
   const int64_t rows = static_cast<int64_t>(call.segments.lengths.size());
   const auto batch = [&](const at::Tensor& x) { return x.view({rows, -1, x.size(1), x.size(2)}).transpose(1, 2); };
   auto [out, lse, cu_q, cu_k, max_q, max_k, seed, offset, debug] = at::_scaled_dot_product_cudnn_attention(
-      batch(q), batch(k), batch(v), std::nullopt, /*compute_log_sumexp=*/true, /*dropout_p=*/0, /*is_causal=*/true,
+      batch(q), batch(k), batch(v), std::nullopt, /*compute_log_sumexp=*/true, /*dropout_p=*/0, call.rule.causal,
       /*return_debug_mask=*/false, call.rule.scale);
   kept = {lse, seed, offset};
   return out.transpose(1, 2).contiguous().view(q.sizes());
@@ -150,7 +151,7 @@ variable_list cudnn_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const auto batch = [&](const at::Tensor& x) { return x.view({rows, -1, x.size(1), x.size(2)}).transpose(1, 2); };
   auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
       batch(grad), batch(q), batch(k), batch(v), batch(out), kept[0], kept[1], kept[2], at::Tensor(), at::Tensor(),
-      at::Tensor(), call.segments.max_length, call.segments.max_length, /*dropout_p=*/0, /*is_causal=*/true,
+      at::Tensor(), call.segments.max_length, call.segments.max_length, /*dropout_p=*/0, call.rule.causal,
       call.rule.scale);
   const auto flat = [](const at::Tensor& x, const at::Tensor& like) { return x.transpose(1, 2).reshape(like.sizes()); };
   return {flat(dq, q), flat(dk, k), flat(dv, v)};
@@ -165,8 +166,8 @@ at::Tensor flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          variable_list& kept) {
   const Segments& s = call.segments;
   auto [out, lse, rng, unused, debug] = at::_flash_attention_forward(
-      q, k, v, s.cu_seqlens, s.cu_seqlens, s.max_length, s.max_length, /*dropout_p=*/0,
-      /*is_causal=*/true, /*return_debug_mask=*/false, call.rule.scale, window_left(call.rule));
+      q, k, v, s.cu_seqlens, s.cu_seqlens, s.max_length, s.max_length, /*dropout_p=*/0, call.rule.causal,
+      /*return_debug_mask=*/false, call.rule.scale, window_left(call.rule));
   kept = {lse, rng, unused};
   return out;
 }
@@ -176,7 +177,7 @@ variable_list flash_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const Segments& s = call.segments;
   auto [dq, dk, dv] = at::_flash_attention_backward(
       grad.contiguous(), q, k, v, out, kept[0], s.cu_seqlens, s.cu_seqlens, s.max_length, s.max_length, /*dropout_p=*/0,
-      /*is_causal=*/true, kept[1], kept[2], call.rule.scale, window_left(call.rule));
+      call.rule.causal, kept[1], kept[2], call.rule.scale, window_left(call.rule));
   return {dq, dk, dv};
 }
 
@@ -224,6 +225,7 @@ bool Segments::uniform() const {
 at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at::Tensor& v_NKd,
                      const Segments& segments, const AttentionRule& rule) {
   TORCH_CHECK(q_NHd.size(1) % k_NKd.size(1) == 0, "attention: query heads must be a multiple of key-value heads");
+  TORCH_CHECK(rule.causal || rule.window == 0, "attention: a window is of causal attention");
   auto call = c10::make_intrusive<AttentionCall>();
   call->segments = segments;
   call->rule = rule;
@@ -232,6 +234,7 @@ at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at:
 
 at::Tensor cached_attention(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd,
                             const AttentionRule& rule) {
+  TORCH_CHECK(rule.causal, "attention: generation is causal");
   return plain_segment(q_NHd, k_TKd, v_TKd, rule).reshape({q_NHd.size(0), -1});
 }
 

@@ -23,9 +23,10 @@ struct AttentionRule {
   int64_t window = 0;      ///< a token sees itself and the window - 1 tokens before it; 0: all before it
   Dropout dropout = {};    ///< of the probabilities
   int64_t first_head = 0;  ///< global index of the first local query head (dropout)
+  bool causal = true;      ///< false: a token sees those behind it too (encoders), and there is no window
 };
 
-/// Causal attention inside each segment, none across. q_NHd, k_NKd, v_NKd with H a multiple of K (grouped queries,
+/// Attention inside each segment, none across. q_NHd, k_NKd, v_NKd with H a multiple of K (grouped queries,
 /// arXiv 2305.13245). Returns [N, H * d] in the input's dtype. Kept for backward: q, k, v, the output and its
 /// log-sum-exp. CPU: ATen's flash kernel per segment. CUDA in bfloat16: cuDNN where segments are uniform and their
 /// length and the head size are multiples of 64 and no window cuts them, else FlashAttention-2; in float32 and float64
@@ -35,7 +36,7 @@ at::Tensor attention(const at::Tensor& q_NHd, const at::Tensor& k_NKd, const at:
                      const Segments& segments, const AttentionRule& rule);
 
 /// Attention of the last rows of a sequence to all of it, without gradient (generation): q_NHd are the queries of the
-/// last N of T positions, k_TKd and v_TKd the cache. Causal, without dropout.
+/// last N of T positions, k_TKd and v_TKd the cache. The rule is causal and without dropout.
 at::Tensor cached_attention(const at::Tensor& q_NHd, const at::Tensor& k_TKd, const at::Tensor& v_TKd,
                             const AttentionRule& rule);
 

@@ -4,7 +4,7 @@
 #include "comm/grad_reducer.h"
 #include "data/loader.h"
 #include "trainer/layers/model.h"
-#include "trainer/methods/methods.h"
+#include "trainer/methods/training.h"
 #include "trainer/run/optimizer.h"
 
 namespace corank {
@@ -13,7 +13,7 @@ namespace corank {
 struct StepParts {
   const Mesh& mesh;
   const Model& model;
-  AdapterMethod& method;
+  MethodTraining& method;
   ParameterStore& store;
   Optimizer& optimizer;
   GradReducer& reducer;

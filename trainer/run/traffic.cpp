@@ -7,6 +7,7 @@
 #include "trainer/layers/model.h"
 #include "trainer/methods/start.h"
 #include "trainer/methods/targets.h"
+#include "trainer/run/base_walk.h"
 
 namespace corank {
 namespace {
@@ -27,10 +28,6 @@ bool embedding_trains(const TrafficShape& shape, bool full) {
          });
 }
 
-bool is_feed_forward(const LinearSize& linear) {
-  return linear.role == LinearRole::feed_forward_in || linear.role == LinearRole::feed_forward_out;
-}
-
 /// The linears that train, with their sizes.
 std::vector<LinearSize> trained_linears(const TrafficShape& shape, const AdapterConfig& adapter, bool full) {
   if (full) return shape.linears;
@@ -45,35 +42,24 @@ std::vector<LinearSize> trained_linears(const TrafficShape& shape, const Adapter
   return result;
 }
 
-/// [N, D] sums that tensor-parallel ranks make for each token of a micro-batch.
-int64_t sums_per_token(const TrafficShape& shape, const std::vector<LinearSize>& trained_linears, bool full,
-                       Checkpointing checkpointing) {
-  std::set<std::string> trained;
-  for (const LinearSize& linear : trained_linears) trained.insert(linear.name);
-  int64_t sums = 1;                                 // the embedding
-  bool needs_grad = embedding_trains(shape, full);  // of the block's input: something below it trains, or is run again
-  bool half_begins = true, half_trains = false;     // attention or feed-forward, each from one row-parallel linear on
-  for (const auto& linear : shape.linears) {
-    if (half_begins) {
-      needs_grad = needs_grad || half_trains;
-      if (needs_grad) ++sums;  // into the column-parallel linears, backward
-      half_trains = false;
-    }
-    half_begins = linear.row;
-    half_trains = half_trains || trained.count(linear.name);
-    if (!linear.row) continue;
-    const bool again =
-        checkpointing == Checkpointing::full || (checkpointing == Checkpointing::mlp && is_feed_forward(linear));
-    sums += again ? 2 : 1;  // out of the row-parallel linear, forward
-    if (again && is_feed_forward(linear)) needs_grad = true;
-  }
+/// [N, D] sums that tensor-parallel ranks make for each token of a micro-batch: for the embedding, out of each
+/// row-parallel linear, and in backward into the column-parallel ones.
+int64_t sums_per_token(const std::vector<HalfLayer>& halves) {
+  int64_t sums = 1;
+  for (const HalfLayer& half : halves) sums += (half.again ? 2 : 1) + (half.in_gradient ? 1 : 0);
   return sums;
 }
 
+std::set<std::string> names_of(const std::vector<LinearSize>& linears) {
+  std::set<std::string> names;
+  for (const LinearSize& linear : linears) names.insert(linear.name);
+  return names;
+}
+
 /// The collectives of a step, as they are found. Groups of one rank and empty tensors have none.
-class StepPlan {
+class CollectiveList {
  public:
-  StepPlan(int tensor, int data) : tensor_(tensor), data_(data) {}
+  CollectiveList(int tensor, int data) : tensor_(tensor), data_(data) {}
 
   void add(const StepCollective& collective) {
     if (ranks(collective.axis) > 1 && collective.transfer.elements > 0) collectives_.push_back(collective);
@@ -91,23 +77,37 @@ class StepPlan {
 };
 
 /// The statistics of the softmax travel with each chunk of logits.
-void add_loss(StepPlan& plan, int64_t targets, int64_t head_rows) {
+void add_loss(CollectiveList& list, int64_t targets, int64_t head_rows) {
   const int64_t chunk = rows_at_once(head_rows);
   for (int64_t begin = 0; begin < targets; begin += chunk) {
     const int64_t rows = std::min(chunk, targets - begin);
-    plan.add_sum(Purpose::vocabulary_loss, Axis::tp, rows, sizeof(float));
-    plan.add_sum(Purpose::vocabulary_loss, Axis::tp, 2 * rows, sizeof(float));
+    list.add_sum(Purpose::vocabulary_loss, Axis::tp, rows, sizeof(float));
+    list.add_sum(Purpose::vocabulary_loss, Axis::tp, 2 * rows, sizeof(float));
+  }
+}
+
+/// Weights gathered from the data-parallel ranks: in the passes of each micro-batch, and where the method reads them
+/// beside.
+void add_gathers(CollectiveList& list, const TrafficShape& shape, const std::vector<int64_t>& in_passes,
+                 int64_t micro_batches, const std::set<std::string>& trained, int64_t reads) {
+  const auto add = [&](int64_t bytes, int64_t calls) {
+    if (calls > 0) list.add({Purpose::base_gathers, Axis::dp, {Collective::all_gather, bytes, 1}, calls});
+  };
+  for (const int64_t bytes : in_passes) add(bytes, micro_batches);
+  for (size_t i = 0; i < shape.linears.size(); ++i) {
+    if (trained.count(shape.linears[i].name)) add(shape.stored[i].gather_bytes, reads);
   }
 }
 
 }  // namespace
 
 TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
-  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, {}};
+  TrafficShape shape{model.hidden_size(), model.vocab_size(), model.num_layers(), {}, {}, {}};
   for (const AdaptedLinear* linear : model.linears()) {
     const LinearSite& site = linear->site();
     const bool bias = linear->num_base_parameters() > site.in * site.out;
     shape.linears.push_back({site.name, site.in, site.out, site.split == Split::row, bias, site.role});
+    shape.stored.push_back({linear->weight().order(), linear->weight().gather_bytes()});
   }
   const auto saved = saved_modules(model, adapter);
   for (const NamedWeight& weight : model.other_weights()) {
@@ -130,21 +130,25 @@ std::vector<StepCollective> predict_step(const TrafficShape& shape, const Adapte
     sizes.everywhere += one.everywhere;
     sizes.data += one.data;
   }
-  StepPlan plan(tensor, data);
-  plan.add_sum(method->gradient_purpose(), Axis::world, sizes.everywhere, sizeof(float));
-  plan.add_sum(method->gradient_purpose(), Axis::dp, sizes.data, sizeof(float));
-  plan.add_sum(Purpose::data_control, Axis::dp, 2, sizeof(int64_t));     // targets and tokens
-  plan.add_sum(Purpose::data_control, Axis::dp, 1, sizeof(double));      // loss
-  plan.add_sum(Purpose::data_control, Axis::world, 1, sizeof(int64_t));  // request to stop
-  for (const StepCollective& collective : method->statistics(trained, step)) plan.add(collective);
-  plan.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
-  const int64_t sums = sums_per_token(shape, trained, full, checkpointing);
+  CollectiveList list(tensor, data);
+  list.add_sum(method->gradient_purpose(), Axis::world, sizes.everywhere, sizeof(float));
+  list.add_sum(method->gradient_purpose(), Axis::dp, sizes.data, sizeof(float));
+  list.add_sum(Purpose::data_control, Axis::dp, 2, sizeof(int64_t));     // targets and tokens
+  list.add_sum(Purpose::data_control, Axis::dp, 1, sizeof(double));      // loss
+  list.add_sum(Purpose::data_control, Axis::world, 1, sizeof(int64_t));  // request to stop
+  for (const StepCollective& collective : method->statistics(trained, step)) list.add(collective);
+  list.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
+  const std::set<std::string> names = names_of(trained);
+  const auto halves = half_layers(shape, names, embedding_trains(shape, full), checkpointing);
+  add_gathers(list, shape, base_gathers(shape, halves, checkpointing), static_cast<int64_t>(micro_batches.size()),
+              names, method->base_reads());
+  const int64_t sums = sums_per_token(halves);
   for (const BatchSize& batch : micro_batches) {
-    plan.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
-    add_loss(plan, batch.targets, (shape.vocab + tensor - 1) / tensor);
-    plan.add_sum(Purpose::tensor_activations, Axis::tp, batch.targets * shape.hidden, activation_bytes);
+    list.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
+    add_loss(list, batch.targets, (shape.vocab + tensor - 1) / tensor);
+    list.add_sum(Purpose::tensor_activations, Axis::tp, batch.targets * shape.hidden, activation_bytes);
   }
-  return plan.take();
+  return list.take();
 }
 
 std::map<Purpose, int64_t> payload_by_purpose(const std::vector<StepCollective>& collectives) {

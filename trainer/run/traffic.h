@@ -10,10 +10,16 @@
 
 namespace corank {
 
+/// A frozen weight where its residency keeps it.
+struct StoredSize {
+  int64_t order = 0, gather_bytes = 0;  ///< as in FrozenWeight
+};
+
 /// What decides the bytes of a step, known before anything is built.
 struct TrafficShape {
   int64_t hidden = 0, vocab = 0, layers = 0;
   std::vector<LinearSize> linears;
+  std::vector<StoredSize> stored;  ///< of each linear
   struct Other {
     WeightRole role = WeightRole::norm;
     int64_t elements = 0;  ///< of one rank

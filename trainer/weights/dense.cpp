@@ -6,18 +6,14 @@ namespace {
 /// The weight as it is, in the compute dtype.
 class DenseWeight : public FrozenWeight {
  public:
-  DenseWeight(const at::Tensor& w_OI, WeightPlace place) : place_(std::move(place)) {
+  DenseWeight(const at::Tensor& w_OI, WeightPlace place) : FrozenWeight(std::move(place)) {
     place_.room_OI = at::Tensor();  // a weight that takes this one's place frees it
-    replace(w_OI);
+    keep({w_OI});
   }
-  void replace(const at::Tensor& w_OI) override { bytes_ = place_.residency->keep(place_.order, {w_OI}); }
-  int64_t bytes() const override { return bytes_->device_bytes(); }
+  void replace(const at::Tensor& w_OI) override { keep({w_OI}); }
 
  private:
-  at::Tensor unpack(Pass pass) const override { return bytes_->on_device(pass)[0]; }
-
-  WeightPlace place_;
-  std::unique_ptr<StoredBytes> bytes_;
+  at::Tensor unpack(Pass pass) const override { return stored(pass)[0]; }
 };
 
 }  // namespace

@@ -12,6 +12,13 @@
 
 namespace corank {
 
+/// Where a weight's bytes go.
+struct WeightPlace {
+  std::shared_ptr<Residency> residency = resident();
+  int64_t order = 0;   ///< in forward; weights of one input share it
+  at::Tensor room_OI;  ///< rows of a matrix that it shares with others (shared_rooms); undefined: its own memory
+};
+
 /// A base weight [O, I] (this rank's block) that never trains, in some stored format. Backward re-materialises W;
 /// nothing of size [O, I] in the compute dtype outlives a call unless the format is dense.
 class FrozenWeight : public Matrix {
@@ -19,8 +26,23 @@ class FrozenWeight : public Matrix {
   /// Takes the place of the weight (full fine-tuning: the trained tensor). Dense formats keep the tensor itself, others
   /// quantise it; InternalError where its statistics span what other ranks hold.
   virtual void replace(const at::Tensor& w_OI) = 0;
+  /// Its place in forward; weights of one input share it.
+  int64_t order() const { return place_.order; }
   /// Bytes held on the device.
-  virtual int64_t bytes() const = 0;
+  int64_t bytes() const { return bytes_->device_bytes(); }
+  /// As in StoredBytes.
+  int64_t gather_bytes() const { return bytes_->gather_bytes(); }
+
+ protected:
+  explicit FrozenWeight(WeightPlace place) : place_(std::move(place)) {}
+  /// Hands the stored tensors over, in place of earlier ones.
+  void keep(std::vector<at::Tensor> tensors) { bytes_ = place_.residency->keep(place_.order, std::move(tensors)); }
+  std::vector<at::Tensor> stored(Pass pass) const { return bytes_->on_device(pass); }
+
+  WeightPlace place_;
+
+ private:
+  std::unique_ptr<StoredBytes> bytes_;
 };
 
 /// A weight where a format finds it. Formats whose statistics span the full tensor read it whole and slice the result,
@@ -38,13 +60,6 @@ struct FormatOptions {
   bool double_quant = true;              ///< model.double_quant, of nf4
   at::ScalarType dtype = at::kBFloat16;  ///< compute dtype
   at::Device device = at::kCPU;
-};
-
-/// Where a weight's bytes go.
-struct WeightPlace {
-  std::shared_ptr<Residency> residency = resident();
-  int64_t order = 0;   ///< in forward; weights of one input share it
-  at::Tensor room_OI;  ///< rows of a matrix that it shares with others (shared_rooms); undefined: its own memory
 };
 
 /// All that it takes to make a frozen weight, now or again.

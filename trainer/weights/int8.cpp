@@ -8,27 +8,24 @@ namespace {
 class Int8Weight : public FrozenWeight {
  public:
   Int8Weight(const ops::Int8& weight, at::ScalarType dtype, bool has_full_rows, WeightPlace place)
-      : dtype_(dtype), has_full_rows_(has_full_rows), place_(std::move(place)) {
-    keep(weight);
+      : FrozenWeight(std::move(place)), dtype_(dtype), has_full_rows_(has_full_rows) {
+    keep({weight.q_OI, weight.scale_O1});
   }
 
   void replace(const at::Tensor& w_OI) override {
     if (!has_full_rows_) throw InternalError("int8: a part of a row was to be quantised without the rest of it");
-    keep(ops::int8_quantise(w_OI));
+    const ops::Int8 w = ops::int8_quantise(w_OI);
+    keep({w.q_OI, w.scale_O1});
   }
-  int64_t bytes() const override { return bytes_->device_bytes(); }
 
  private:
-  void keep(const ops::Int8& w) { bytes_ = place_.residency->keep(place_.order, {w.q_OI, w.scale_O1}); }
   at::Tensor unpack(Pass pass) const override {
-    const auto stored = bytes_->on_device(pass);
-    return ops::int8_dequantise({stored[0], stored[1]}, dtype_);
+    const auto tensors = stored(pass);
+    return ops::int8_dequantise({tensors[0], tensors[1]}, dtype_);
   }
 
   at::ScalarType dtype_;
   bool has_full_rows_;
-  WeightPlace place_;
-  std::unique_ptr<StoredBytes> bytes_;
 };
 
 }  // namespace

@@ -32,7 +32,7 @@ class Matrix {
   /// The same matrix for several products in a row: the dense form is built once.
   virtual std::unique_ptr<const Matrix> unpacked(Pass pass) const;
   /// [O, I] in the compute dtype: for merging, norms and tests.
-  at::Tensor dense_OI() const { return unpack(Pass::forward); }
+  at::Tensor dense_OI() const { return unpack(Pass::apart); }
 
  protected:
   /// The dense form, for a product of `pass`.

@@ -10,38 +10,34 @@ namespace {
 class Nf4Weight : public FrozenWeight {
  public:
   Nf4Weight(const ops::Nf4& weight, const FormatOptions& options, bool whole, WeightPlace place)
-      : options_(options), whole_(whole), place_(std::move(place)) {
-    keep(weight);
+      : FrozenWeight(std::move(place)), options_(options), whole_(whole) {
+    keep_form(weight);
   }
 
   void replace(const at::Tensor& w_OI) override {
     if (!whole_) throw InternalError("nf4: a part of a weight was to be quantised without the rest of it");
-    keep(ops::nf4_quantise(w_OI.cpu(), options_.double_quant));
+    keep_form(ops::nf4_quantise(w_OI.cpu(), options_.double_quant));
   }
-  int64_t bytes() const override { return bytes_->device_bytes(); }
 
  private:
-  void keep(const ops::Nf4& weight) {
+  void keep_form(const ops::Nf4& weight) {
     form_ = weight.to(options_.device);
-    bytes_ =
-        place_.residency->keep(place_.order, {form_.codes, form_.absmax_RB, form_.nested_absmax, form_.nested_map});
+    keep({form_.codes, form_.absmax_RB, form_.nested_absmax, form_.nested_map});
     form_.codes = form_.absmax_RB = form_.nested_absmax = form_.nested_map = at::Tensor();
   }
   at::Tensor unpack(Pass pass) const override {
     ops::Nf4 weight = form_;
-    const auto stored = bytes_->on_device(pass);
-    weight.codes = stored[0];
-    weight.absmax_RB = stored[1];
-    weight.nested_absmax = stored[2];
-    weight.nested_map = stored[3];
+    const auto tensors = stored(pass);
+    weight.codes = tensors[0];
+    weight.absmax_RB = tensors[1];
+    weight.nested_absmax = tensors[2];
+    weight.nested_map = tensors[3];
     return ops::nf4_dequantise(weight, options_.dtype);
   }
 
   FormatOptions options_;
   bool whole_;
-  WeightPlace place_;
   ops::Nf4 form_;  ///< without its tensors
-  std::unique_ptr<StoredBytes> bytes_;
 };
 
 /// As the files hold it, or quantised here.

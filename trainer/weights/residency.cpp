@@ -1,5 +1,10 @@
 #include "trainer/weights/residency.h"
 
+#include <array>
+
+#include "configs/error.h"
+#include "trainer/weights/sharded.h"
+
 namespace corank {
 namespace {
 
@@ -27,8 +32,31 @@ class Resident : public Residency {
   }
 };
 
+struct ShardBase {
+  const char* name;
+  std::shared_ptr<Residency> (*make)(Communicator& dp);
+};
+
+constexpr std::array kShardBases{
+    ShardBase{"none", [](Communicator&) { return resident(); }},
+    ShardBase{"dp", [](Communicator& dp) { return sharded_over(dp.split(0, "base")); }},
+};
+
 }  // namespace
 
 std::shared_ptr<Residency> resident() { return std::make_shared<Resident>(); }
+
+std::vector<std::string> shard_base_names() {
+  std::vector<std::string> names;
+  for (const ShardBase& one : kShardBases) names.emplace_back(one.name);
+  return names;
+}
+
+std::shared_ptr<Residency> make_residency(const std::string& shard_base, Communicator& dp) {
+  for (const ShardBase& one : kShardBases) {
+    if (shard_base == one.name) return one.make(dp);
+  }
+  throw InternalError("parallel.shard_base: no residency is named " + shard_base + ".");
+}
 
 }  // namespace corank

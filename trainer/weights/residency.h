@@ -2,12 +2,19 @@
 #include <ATen/ATen.h>
 
 #include <memory>
+#include <string>
 #include <vector>
+
+#include "comm/communicator.h"
 
 namespace corank {
 
-/// What a product is made for. Forward passes ask for the weights in their order, backward passes in its reverse.
-enum class Pass { forward, backward };
+/// What a weight is asked for. Forward passes ask for the weights in their order, backward passes in its reverse.
+enum class Pass {
+  forward,
+  backward,
+  apart,  ///< no product of a pass: norms, merging
+};
 
 /// The stored tensors of one frozen weight, wherever they are between products. The weight owns it.
 class StoredBytes {
@@ -17,6 +24,8 @@ class StoredBytes {
   virtual std::vector<at::Tensor> on_device(Pass pass) const = 0;
   /// Bytes that stay on the device between products.
   virtual int64_t device_bytes() const = 0;
+  /// Bytes that this rank hands to others each time the weight is brought to the device; 0: it is never sent.
+  virtual int64_t gather_bytes() const { return 0; }
 };
 
 /// Where the bytes of frozen weights are. A format says how bytes become a product and knows nothing of this. Outlives
@@ -30,9 +39,16 @@ class Residency {
   /// Memory of [O, I] in which several weights of one input may lie one above the other, so that they can be one
   /// product; undefined where weights come and go one by one.
   virtual at::Tensor shared_room(at::IntArrayRef shape, const at::TensorOptions& options) = 0;
+  /// A model says that a forward pass begins: the first weight is next.
+  virtual void begin_forward() {}
 };
 
 /// All weights stay on the device.
 std::shared_ptr<Residency> resident();
+
+/// Values of parallel.shard_base, in order.
+std::vector<std::string> shard_base_names();
+/// Collective over `dp`, the data-parallel ranks, which hold the same weights. Where parallel.shard_base leaves them.
+std::shared_ptr<Residency> make_residency(const std::string& shard_base, Communicator& dp);
 
 }  // namespace corank

@@ -1,0 +1,160 @@
+#include <torch/csrc/autograd/autograd.h>
+
+#include "tests/mpi_main.h"
+#include "tests/support.h"
+#include "trainer/weights/formats.h"
+#include "trainer/weights/sharded.h"
+
+// A base that the data-parallel ranks share between them: the same numbers as with a resident one, and as many bytes as
+// were predicted.
+namespace corank::test {
+namespace {
+
+constexpr int64_t kSteps = 2;
+
+ModelOptions sharded_model(const std::string& format, Checkpointing checkpointing) {
+  ModelOptions options;
+  options.shape = "tiny-llama";
+  options.dtype = at::kFloat;
+  options.quantization = format;
+  options.checkpointing = checkpointing;
+  options.max_positions = 64;
+  return options;
+}
+
+struct Outcome {
+  std::vector<double> losses;
+  at::Tensor masters;
+  int64_t base_bytes = 0;
+};
+
+/// Collective over the world. Trains, and holds what is counted in each step against what is predicted.
+Outcome train(const std::string& shard_base, const AdapterConfig& adapter, ModelOptions options, int tensor = 1) {
+  const Mesh& mesh = shared_mesh(&test_world(), tensor).mesh;
+  options.residency = make_residency(shard_base, mesh.dp());
+  TrainingRun run(&test_world(), tensor, options, adapter);
+  const TokenFile data(repository("configs/tiny/train.h5"));
+  Loader batches(data, {{64, true, true, 7}, 2 * mesh.dp().size(), 1, mesh.dp().rank(), mesh.dp().size()});
+  Outcome outcome;
+  for (int64_t step = 1; step <= kSteps; ++step) {
+    const StepBatches next = batches.next();
+    const Ledger::Snapshot before = run.ledger.snapshot();
+    outcome.losses.push_back(run.step(next, step, 1e-2).loss);
+    const auto counted = difference(run.ledger.snapshot(), before);
+    expect_bytes(counted, predicted_bytes(run, options, adapter, next, step, /*asked=*/false),
+                 adapter.method + " " + options.quantization);
+  }
+  outcome.masters = run.store.masters().clone();
+  outcome.base_bytes = base_bytes(*run.model);
+  return outcome;
+}
+
+AdapterConfig adapter_of(const std::string& method, std::vector<std::string> targets = {}) {
+  AdapterConfig config;
+  config.method = method;
+  config.target_modules.names = std::move(targets);
+  return config;
+}
+
+void expect_same(const Outcome& sharded, const Outcome& resident, const std::string& what) {
+  EXPECT_EQ(sharded.losses, resident.losses) << what;
+  EXPECT_TRUE(at::equal(sharded.masters, resident.masters)) << what;
+}
+
+TEST(ShardedBase, EveryMethodOverEveryFormatTrainsTheSameAdapterToTheBit) {
+  for (const std::string& format : format_names()) {
+    for (const char* method : {"lora", "dora", "mora", "adalora", "pissa"}) {
+      const ModelOptions options = sharded_model(format, Checkpointing::none);
+      const AdapterConfig adapter = adapter_of(method);
+      expect_same(train("dp", adapter, options), train("none", adapter, options), std::string(method) + " " + format);
+    }
+  }
+}
+
+TEST(ShardedBase, RecomputedLayersGatherAgain) {
+  for (const Checkpointing checkpointing : {Checkpointing::mlp, Checkpointing::full}) {
+    const ModelOptions options = sharded_model("none", checkpointing);
+    for (const auto& targets : std::vector<std::vector<std::string>>{{}, {"v_proj"}, {"down_proj"}}) {
+      const AdapterConfig adapter = adapter_of("lora", targets);
+      expect_same(train("dp", adapter, options), train("none", adapter, options), "recomputed");
+    }
+  }
+}
+
+TEST(ShardedBase, TargetsDecideWhatBackwardGathers) {
+  const ModelOptions options = sharded_model("nf4", Checkpointing::none);
+  for (const auto& targets : std::vector<std::vector<std::string>>{{"q_proj", "v_proj"}, {"o_proj"}, {"up_proj"}}) {
+    const AdapterConfig adapter = adapter_of("dora", targets);
+    expect_same(train("dp", adapter, options), train("none", adapter, options), "targets");
+  }
+}
+
+TEST(ShardedBase, ARankKeepsItsPart) {
+  const int ranks = test_world().size();
+  for (const std::string& format : format_names()) {
+    const ModelOptions options = sharded_model(format, Checkpointing::none);
+    const AdapterConfig adapter = adapter_of("lora");
+    const int64_t whole = train("none", adapter, options).base_bytes, part = train("dp", adapter, options).base_bytes;
+    const Mesh& mesh = shared_mesh(&test_world(), 1).mesh;
+    TrainingRun run(&test_world(), 1, options, adapter);
+    int64_t linears = 0;
+    for (const AdaptedLinear* linear : run.model->linears()) linears += linear->weight().bytes();
+    const int64_t padding = static_cast<int64_t>(run.model->linears().size()) * (4 + mesh.dp().size()) * 256;
+    EXPECT_NEAR(whole - part, linears - linears / ranks, padding) << format;
+  }
+}
+
+#ifndef CORANK_GPU_TEST
+/// With tensor parallelism each group of ranks with the same block of the weights shares it.
+TEST(ShardedBase, WithTensorParallelism) {
+  if (test_world().size() != 2) GTEST_SKIP() << "two ranks";
+  const ModelOptions options = sharded_model("int8", Checkpointing::none);
+  expect_same(train("dp", adapter_of("dora"), options, 2), train("none", adapter_of("dora"), options, 2), "tensor 2");
+}
+#endif
+
+/// The base with one byte of one rank's part changed.
+TEST(ShardedBase, APartOfAnotherWeightIsSeen) {
+  if (test_world().size() == 1) GTEST_SKIP() << "nothing is gathered";
+  const Mesh& mesh = shared_mesh(&test_world(), 1).mesh;
+  const auto residency = make_residency("dp", mesh.dp());
+  const at::Tensor w = at::arange(64 * 64, at::TensorOptions(at::kFloat).device(mesh.device())).view({64, 64});
+  const at::Tensor own = mesh.dp().rank() == 1 ? w + 1 : w;  // planted: rank 1 was given another weight
+  const auto bytes = residency->keep(0, {own});
+  const at::Tensor gathered = bytes->on_device(Pass::forward)[0];
+  EXPECT_FALSE(at::equal(gathered, w));
+  EXPECT_TRUE(at::equal(gathered[0], w[0])) << "rank 0's part is whole";
+}
+
+TEST(TwoSlots, HoldsWhatWasAskedLastAndOneMore) {
+  TwoSlots slots;
+  EXPECT_FALSE(slots.ask(0));
+  EXPECT_FALSE(slots.expect(1));
+  EXPECT_FALSE(slots.ask(1));
+  EXPECT_EQ(slots.expect(2), 0) << "what was asked for last stays";
+  EXPECT_TRUE(slots.has(1) && slots.has(2));
+  EXPECT_EQ(slots.ask(7), 2);
+  EXPECT_TRUE(slots.has(1) && slots.has(7));
+}
+
+TEST(Walk, ForetellsWhatItHasSeen) {
+  Walk walk;
+  const auto go = [&](std::vector<int64_t> orders) {
+    std::vector<int64_t> foretold;
+    walk.begin();
+    for (const int64_t order : orders) {
+      walk.visit(order);
+      foretold.push_back(walk.next().value_or(-1));
+    }
+    return foretold;
+  };
+  using Orders = std::vector<int64_t>;
+  EXPECT_EQ(go({0, 1, 2, 1, 0}), Orders(5, -1));
+  EXPECT_EQ(go({0, 1, 2, 1, 0}), (Orders{1, 2, 1, 0, -1}));
+  EXPECT_EQ(go({0, 1, 2}), (Orders{1, 2, 1})) << "forward alone, as in an evaluation";
+  EXPECT_EQ(go({0, 1, 2, 1, 0}), (Orders{1, 2, 1, 0, -1})) << "which is not forgotten for it";
+  EXPECT_EQ(go({0, 2, 1}), (Orders{1, -1, -1})) << "another walk foretells nothing";
+}
+
+}  // namespace
+}  // namespace corank::test

@@ -1,0 +1,202 @@
+#include "trainer/weights/sharded.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "trainer/ops/side_stream.h"
+
+namespace corank {
+
+void Walk::begin() {
+  const bool known_already =
+      current_.size() <= known_.size() && std::equal(current_.begin(), current_.end(), known_.begin());
+  if (!known_already) known_ = current_;
+  current_.clear();
+}
+
+void Walk::visit(int64_t order) {
+  if (current_.empty() || current_.back() != order) current_.push_back(order);
+}
+
+std::optional<int64_t> Walk::next() const {
+  if (current_.size() >= known_.size() || !std::equal(current_.begin(), current_.end(), known_.begin())) return {};
+  return known_[current_.size()];
+}
+
+bool TwoSlots::has(int64_t order) const { return std::count(held_.begin(), held_.end(), order) > 0; }
+
+std::optional<int64_t> TwoSlots::ask(int64_t order) {
+  std::erase(held_, order);
+  held_.insert(held_.begin(), order);
+  if (held_.size() <= 2) return {};
+  const int64_t last = held_.back();
+  held_.pop_back();
+  return last;
+}
+
+std::optional<int64_t> TwoSlots::expect(int64_t order) {
+  if (has(order)) return {};
+  std::optional<int64_t> last;
+  if (held_.size() == 2) {
+    last = held_.back();
+    held_.pop_back();
+  }
+  held_.push_back(order);
+  return last;
+}
+
+namespace {
+
+constexpr int64_t kPieceAlignment = 256;  // bytes; what kernels ask for, and CUDA's own allocations have
+
+int64_t align(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
+
+class ShardedBytes;
+
+class Sharded : public Residency {
+ public:
+  explicit Sharded(std::unique_ptr<Communicator> group) : group_(std::move(group)), side_(group_->device()) {}
+
+  std::unique_ptr<StoredBytes> keep(int64_t order, std::vector<at::Tensor> tensors) override;
+  at::Tensor shared_room(at::IntArrayRef, const at::TensorOptions&) override { return {}; }
+  void begin_forward() override;
+
+  /// Collective. All bytes of a weight, for the caller's stream.
+  at::Tensor whole(const ShardedBytes& weight, Pass pass);
+  void forget(const ShardedBytes& weight);
+  Communicator& group() const { return *group_; }
+
+ private:
+  /// Weights of one input that are whole on the device, or on their way.
+  struct Group {
+    std::map<const ShardedBytes*, at::Tensor> flat;
+    ops::SideStream::Ticket ticket;
+  };
+
+  void fetch(const ShardedBytes& weight, Group& group);
+  void fetch_all(int64_t order);
+  void let_go(const std::optional<int64_t>& order);
+
+  std::unique_ptr<Communicator> group_;
+  ops::SideStream side_;
+  std::map<int64_t, std::vector<const ShardedBytes*>> weights_;  ///< by order
+  std::map<int64_t, Group> here_;
+  TwoSlots slots_;
+  Walk walk_;
+};
+
+/// One weight: all its tensors one after the other as bytes, of which this rank keeps its part.
+class ShardedBytes : public StoredBytes {
+ public:
+  ShardedBytes(Sharded& owner, int64_t order, const std::vector<at::Tensor>& tensors) : owner_(owner), order_(order) {
+    int64_t end = 0;
+    for (const at::Tensor& tensor : tensors) {
+      pieces_.push_back({tensor.defined() ? std::optional(tensor.options()) : std::nullopt,
+                         tensor.defined() ? tensor.sizes().vec() : std::vector<int64_t>(), end});
+      if (tensor.defined()) end = align(end + static_cast<int64_t>(tensor.nbytes()), kPieceAlignment);
+    }
+    const int64_t ranks = owner.group().size(), share = align(end, ranks * kPieceAlignment) / ranks;
+    const at::Tensor flat = at::zeros({share * ranks}, tensors.front().options().dtype(at::kByte));
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].defined()) view(flat, pieces_[i]).copy_(tensors[i]);
+    }
+    part_ = flat.narrow(0, owner.group().rank() * share, share).clone();
+  }
+  ~ShardedBytes() override { owner_.forget(*this); }
+
+  std::vector<at::Tensor> on_device(Pass pass) const override {
+    const at::Tensor flat = owner_.whole(*this, pass);
+    std::vector<at::Tensor> tensors;
+    for (const Piece& piece : pieces_) tensors.push_back(piece.options ? view(flat, piece) : at::Tensor());
+    return tensors;
+  }
+  int64_t device_bytes() const override { return part_.numel(); }
+  int64_t gather_bytes() const override { return owner_.group().size() > 1 ? part_.numel() : 0; }
+
+  int64_t order() const { return order_; }
+  const at::Tensor& part() const { return part_; }
+
+ private:
+  struct Piece {
+    std::optional<at::TensorOptions> options;
+    std::vector<int64_t> sizes;
+    int64_t begin;
+  };
+
+  static at::Tensor view(const at::Tensor& flat, const Piece& piece) {
+    const auto type = c10::typeMetaToScalarType(piece.options->dtype());
+    const int64_t bytes = c10::multiply_integers(piece.sizes) * static_cast<int64_t>(c10::elementSize(type));
+    return flat.narrow(0, piece.begin, bytes).view(type).view(piece.sizes);
+  }
+
+  Sharded& owner_;
+  int64_t order_;
+  std::vector<Piece> pieces_;
+  at::Tensor part_;
+};
+
+std::unique_ptr<StoredBytes> Sharded::keep(int64_t order, std::vector<at::Tensor> tensors) {
+  auto bytes = std::make_unique<ShardedBytes>(*this, order, tensors);
+  weights_[order].push_back(bytes.get());
+  return bytes;
+}
+
+/// What one pass fetches does not depend on what was there before it.
+void Sharded::begin_forward() {
+  here_.clear();
+  slots_.clear();
+  walk_.begin();
+}
+
+void Sharded::fetch(const ShardedBytes& weight, Group& group) {
+  group.ticket = side_.run([&] { group.flat[&weight] = group_->all_gather(weight.part(), Purpose::base_gathers); });
+}
+
+void Sharded::fetch_all(int64_t order) {
+  Group& group = here_[order];
+  for (const ShardedBytes* weight : weights_.at(order)) {
+    if (!group.flat.count(weight)) fetch(*weight, group);
+  }
+}
+
+void Sharded::let_go(const std::optional<int64_t>& order) {
+  if (order) here_.erase(*order);
+}
+
+at::Tensor Sharded::whole(const ShardedBytes& weight, Pass pass) {
+  if (pass == Pass::apart) {
+    Group alone;
+    fetch(weight, alone);
+    side_.wait(alone.ticket);
+    return alone.flat.at(&weight);
+  }
+  const int64_t order = weight.order();
+  let_go(slots_.ask(order));
+  fetch_all(order);
+  walk_.visit(order);
+  if (const auto next = walk_.next()) {
+    let_go(slots_.expect(*next));
+    fetch_all(*next);
+  }
+  const Group& group = here_.at(order);
+  side_.wait(group.ticket);
+  return group.flat.at(&weight);
+}
+
+void Sharded::forget(const ShardedBytes& weight) {
+  auto& same = weights_.at(weight.order());
+  std::erase(same, &weight);
+  const auto group = here_.find(weight.order());
+  if (group == here_.end()) return;
+  side_.wait(group->second.ticket);
+  group->second.flat.erase(&weight);
+}
+
+}  // namespace
+
+std::shared_ptr<Residency> sharded_over(std::unique_ptr<Communicator> group) {
+  return std::make_shared<Sharded>(std::move(group));
+}
+
+}  // namespace corank
