@@ -5,8 +5,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <chrono>
 #include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 
 #include "configs/error.h"
 
@@ -129,6 +133,20 @@ std::vector<std::string> device_names() {
   for (const DeviceRates& device : kDevices) names.emplace_back(device.name);
   names.emplace_back(kCpu);
   return names;
+}
+
+std::string gpu_of_host() {
+  const std::filesystem::path folder = "/proc/driver/nvidia/gpus";
+  std::error_code none;
+  for (const auto& gpu : std::filesystem::directory_iterator(folder, none)) {
+    std::ifstream file(gpu.path() / "information");
+    std::string text((std::istreambuf_iterator<char>(file)), {});
+    for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    for (const DeviceRates& device : kDevices) {
+      if (text.find(device.name) != std::string::npos) return std::string(device.name);
+    }
+  }
+  return "";
 }
 
 DeviceRates device_rates(const std::string& name) {

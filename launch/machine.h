@@ -11,7 +11,7 @@ namespace corank {
 inline constexpr double kGib = 1024.0 * 1024 * 1024;
 
 /// What joins ranks.
-struct Link {
+struct LinkRates {
   double gbps = 0;        ///< 1e9 bytes a second: inside a host a rank's, between hosts a host's
   double latency_us = 0;  ///< of one hop of a short message
 };
@@ -24,10 +24,12 @@ struct DeviceRates {
   double attention_tflops = 0;  ///< forward and backward together
   double memory_gbps = 0;       ///< read and written
   double memory_gib = 0;        ///< that a program can have
-  Link link;                    ///< to the other devices of the host
+  LinkRates link;               ///< to the other devices of the host
 };
 
 std::vector<std::string> device_names();
+/// The name in the table of the GPU that the driver says this host has; empty: none, or another.
+std::string gpu_of_host();
 /// ConfigError that lists the known ones if there is none of this name. "cpu" is measured, in a tenth of a second.
 DeviceRates device_rates(const std::string& name);
 
@@ -40,14 +42,14 @@ inline constexpr double kUsualGbits = 400, kUsualLatencyUs = 2.7;
 /// Links between hosts that scaling is shown for.
 struct Network {
   std::string name;
-  Link link;
+  LinkRates link;
 };
 const std::vector<Network>& networks();
 
 struct Cluster {
   DeviceRates device;
   int ranks = 1, ranks_per_host = 1;
-  Link between;  ///< hosts
+  LinkRates between;  ///< hosts
 };
 
 /// Where the ranks of one group are; as many on each of its hosts.

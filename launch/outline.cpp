@@ -1,5 +1,8 @@
 #include "launch/outline.h"
 
+#include <algorithm>
+#include <map>
+
 #include "comm/backends.h"
 #include "trainer/methods/start.h"
 
@@ -27,23 +30,41 @@ int64_t bias_bytes(const Outline& outline, at::ScalarType dtype) {
   return elements * static_cast<int64_t>(c10::elementSize(dtype));
 }
 
+/// Two groups of linears, each of one input, are whole at a time (trainer/weights/sharded.h).
+void add_linears(Model& model, Outline& outline) {
+  std::map<int64_t, int64_t> gathered;  // bytes by order
+  for (const AdaptedLinear* linear : model.linears()) {
+    const int64_t part = linear->weight().gather_bytes();
+    outline.linear_bytes += part > 0 ? part * outline.data : linear->weight().bytes();
+    gathered[linear->weight().order()] += part * outline.data;
+  }
+  int64_t before = 0;
+  for (const auto& [order, bytes] : gathered) {
+    outline.gathered_bytes = std::max(outline.gathered_bytes, before + bytes);
+    before = bytes;
+  }
+}
+
 }  // namespace
 
-Outline outline_of(const RunConfig& run, int tensor) {
+Outline outline_of(const RunConfig& run, int tensor, int data) {
   check_model_config(model_config_json(run.model), run.model.path.empty() ? run.model.shape : run.model.path, tensor);
   Ledger ledger;
-  const auto tp = make_outline_communicator(tensor, ledger);
-  const auto model = outline_model(run.model, *tp);
+  const auto tp = make_outline_communicator(tensor, ledger), dp = make_outline_communicator(data, ledger);
+  ModelOptions options = run.model;
+  options.residency = make_residency(run.parallel.shard_base, *dp);
+  const auto model = outline_model(options, *tp);
   const auto method = make_method(run.adapter);
   Outline outline;
   outline.tensor = tensor;
+  outline.data = data;
   outline.shape = traffic_shape(*model, run.adapter);
   outline.head_dim = model->head_dim();
   outline.base_parameters = num_base_parameters(*model);
   if (!method->trains_base()) {
     outline.frozen_bytes =
         base_bytes(*model) + bias_bytes(outline, run.model.dtype) - saved_bytes(saved_modules(*model, run.adapter));
-    for (const AdaptedLinear* linear : model->linears()) outline.stored_bytes += linear->weight().bytes();
+    add_linears(*model, outline);
   }
   ParameterStore store;
   register_parameters(*method, *model, store, 0);
@@ -59,6 +80,7 @@ RunConfig as_full_fine_tuning(RunConfig run) {
   run.adapter.method = "full";
   run.adapter_keys.clear();
   run.model.quantization = "none";
+  run.parallel.shard_base = "none";
   return run;
 }
 

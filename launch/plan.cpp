@@ -52,6 +52,15 @@ std::map<Purpose, double> seconds_by_purpose(const std::vector<StepCollective>& 
   return seconds;
 }
 
+/// Communication that `compute` seconds of work do not hide.
+double exposed_seconds(const std::map<Purpose, double>& seconds, double compute) {
+  double exposed = 0;
+  for (const auto& [purpose, part] : seconds) {
+    exposed += purpose == Purpose::base_gathers ? std::max(0.0, part - compute) : part;
+  }
+  return exposed;
+}
+
 /// Rank 0's.
 std::vector<PlannedTraffic> traffic_of(const std::vector<StepCollective>& collectives, const Cluster& cluster,
                                        int tensor) {
@@ -82,10 +91,8 @@ Estimate estimate(const RunConfig& run, const Outline& outline, const Cluster& c
   const int data = cluster.ranks / outline.tensor;
   const StepShape step = step_shape(run, data);
   double seconds = compute_seconds(work_of(outline, *method, step), cluster.device, run.model.dtype == at::kFloat);
-  for (const auto& [purpose, part] :
-       seconds_by_purpose(collectives_of(run, outline, data, step), cluster, outline.tensor)) {
-    seconds += part;
-  }
+  seconds +=
+      exposed_seconds(seconds_by_purpose(collectives_of(run, outline, data, step), cluster, outline.tensor), seconds);
   return {memory_of(outline, *method, step).total(), seconds};
 }
 
@@ -96,10 +103,16 @@ std::optional<Outline> try_split(const RunConfig& run, const Cluster& cluster, i
   const int host = std::min(cluster.ranks_per_host, cluster.ranks);
   if (cluster.ranks % tensor != 0 || (host % tensor != 0 && tensor % host != 0)) return std::nullopt;
   try {
-    return outline_of(run, tensor);
+    return outline_of(run, tensor, cluster.ranks / tensor);
   } catch (const ConfigError&) {  // heads or features that do not divide
     return std::nullopt;
   }
+}
+
+/// Where a run's frozen weights can be.
+std::vector<std::string> shard_bases(const RunConfig& run, int data) {
+  if (data == 1 || make_method(run.adapter)->trains_base()) return {"none"};
+  return shard_base_names();
 }
 
 /// The quickest way through a step that fits, over one split.
@@ -110,7 +123,7 @@ std::optional<Layout> quickest_of_split(const RunConfig& run, const Outline& out
   for (int64_t micro = 1; micro <= rows; micro *= 2) {
     if (rows % micro != 0) continue;
     for (const Checkpointing kind : {Checkpointing::none, Checkpointing::mlp, Checkpointing::full}) {
-      const Layout layout{outline.tensor, micro, kind};
+      const Layout layout{outline.tensor, micro, kind, run.parallel.shard_base};
       const Estimate one = estimate(with_layout(run, layout), outline, cluster);
       if (one.memory > available_bytes(cluster) || (best && one.seconds >= seconds)) continue;
       best = layout;
@@ -123,11 +136,13 @@ std::optional<Layout> quickest_of_split(const RunConfig& run, const Outline& out
 }  // namespace
 
 Layout layout_of(const RunConfig& run) {
-  return {static_cast<int>(run.parallel.tensor), run.train.micro_batch_size, run.model.checkpointing};
+  return {static_cast<int>(run.parallel.tensor), run.train.micro_batch_size, run.model.checkpointing,
+          run.parallel.shard_base};
 }
 
 RunConfig with_layout(RunConfig run, const Layout& layout) {
   run.parallel.tensor = layout.tensor;
+  run.parallel.shard_base = layout.shard_base;
   run.train.micro_batch_size = layout.micro_batch_size;
   run.model.checkpointing = layout.checkpointing;
   return run;
@@ -140,9 +155,9 @@ int64_t Plan::payload() const {
 }
 
 double Plan::communication_seconds() const {
-  double seconds = 0;
-  for (const PlannedTraffic& line : traffic) seconds += line.seconds;
-  return seconds;
+  std::map<Purpose, double> seconds;
+  for (const PlannedTraffic& line : traffic) seconds[line.purpose] = line.seconds;
+  return exposed_seconds(seconds, compute_seconds);
 }
 
 Plan make_plan(const RunConfig& run, const Outline& outline, const Cluster& cluster) {
@@ -163,14 +178,17 @@ Plan make_plan(const RunConfig& run, const Outline& outline, const Cluster& clus
   return plan;
 }
 
-std::vector<Plan> quickest_layouts(const RunConfig& run, const Cluster& cluster) {
+std::vector<Plan> quickest_layouts(RunConfig run, const Cluster& cluster) {
   std::vector<Plan> plans;
   for (int tensor = 1; tensor <= cluster.ranks; ++tensor) {
-    if (run.train.global_batch_size % (cluster.ranks / tensor) != 0) continue;
-    const std::optional<Outline> outline = try_split(run, cluster, tensor);
-    if (!outline) continue;
-    const std::optional<Layout> layout = quickest_of_split(run, *outline, cluster);
-    if (layout) plans.push_back(make_plan(with_layout(run, *layout), *outline, cluster));
+    if (cluster.ranks % tensor != 0 || run.train.global_batch_size % (cluster.ranks / tensor) != 0) continue;
+    for (const std::string& shard_base : shard_bases(run, cluster.ranks / tensor)) {
+      run.parallel.shard_base = shard_base;
+      const std::optional<Outline> outline = try_split(run, cluster, tensor);
+      if (!outline) continue;
+      const std::optional<Layout> layout = quickest_of_split(run, *outline, cluster);
+      if (layout) plans.push_back(make_plan(with_layout(run, *layout), *outline, cluster));
+    }
   }
   std::sort(plans.begin(), plans.end(),
             [](const Plan& a, const Plan& b) { return a.step_seconds() < b.step_seconds(); });
@@ -183,6 +201,8 @@ std::vector<ScalingPoint> scaling(const RunConfig& run, const Outline& outline, 
   const RunConfig full_run = as_full_fine_tuning(run);
   std::vector<ScalingPoint> points;
   for (int ranks = std::max(cluster.ranks_per_host, outline.tensor); ranks <= kMostScaledRanks; ranks *= 2) {
+    // What a rank keeps of a sharded base depends on their number.
+    const Outline here = outline.gathered_bytes > 0 ? outline_of(run, outline.tensor, ranks / outline.tensor) : outline;
     for (const Network& network : networks()) {
       Cluster larger = cluster;
       larger.ranks = ranks;
@@ -191,7 +211,7 @@ std::vector<ScalingPoint> scaling(const RunConfig& run, const Outline& outline, 
         one.train.global_batch_size = rows * ranks / outline.tensor;
         return static_cast<double>(rows * run.data.seq_len) / (outline.tensor * estimate(one, sizes, larger).seconds);
       };
-      points.push_back({network.name, ranks, rate(run, outline), rate(full_run, full_outline)});
+      points.push_back({network.name, ranks, rate(run, here), rate(full_run, full_outline)});
     }
   }
   return points;

@@ -13,6 +13,7 @@ struct Layout {
   int tensor = 1;
   int64_t micro_batch_size = 1;
   Checkpointing checkpointing = Checkpointing::none;
+  std::string shard_base = "none";  ///< parallel.shard_base
 };
 Layout layout_of(const RunConfig& run);
 RunConfig with_layout(RunConfig run, const Layout& layout);
@@ -38,8 +39,8 @@ struct Plan {
 
   bool fits() const { return memory.total() <= available; }
   int64_t payload() const;
+  /// That compute waits for: weights are gathered beside it, nothing else overlaps.
   double communication_seconds() const;
-  /// Nothing overlaps.
   double step_seconds() const { return compute_seconds + communication_seconds(); }
   double tokens_per_second() const { return static_cast<double>(tokens) / step_seconds(); }
 };
@@ -47,8 +48,9 @@ struct Plan {
 /// Pure. `outline` is of the run's split; the cluster's ranks divide by it and by its ranks a host.
 Plan make_plan(const RunConfig& run, const Outline& outline, const Cluster& cluster);
 
-/// Of every split that divides ranks, model and batch the quickest layout that fits a device; quickest first.
-std::vector<Plan> quickest_layouts(const RunConfig& run, const Cluster& cluster);
+/// Of every split that divides ranks, model and batch, with the base resident and sharded, the quickest layout that
+/// fits a device; quickest first.
+std::vector<Plan> quickest_layouts(RunConfig run, const Cluster& cluster);
 
 inline constexpr int kMostScaledRanks = 4096;
 

@@ -70,10 +70,11 @@ std::string time_line(const char* title, const Plan& plan) {
 std::string layout_lines(const char* title, const std::vector<Plan>& plans) {
   std::string text = fmt::format("{}\n", title);
   for (const Plan& plan : plans) {
-    text +=
-        fmt::format("  dp {:<4} x tp {:<3} micro-batch {:<3} recomputed {:<5} {:>11} {:>9.4f} s {:>10.0f} tokens/s\n",
-                    plan.data, plan.layout.tensor, plan.layout.micro_batch_size, name_of(plan.layout.checkpointing),
-                    gib(plan.memory.total()), plan.step_seconds(), plan.tokens_per_second());
+    text += fmt::format(
+        "  dp {:<4} x tp {:<3} shard_base {:<5} micro-batch {:<3} recomputed {:<5} {:>11} {:>9.4f} s {:>10.0f} "
+        "tokens/s\n",
+        plan.data, plan.layout.tensor, plan.layout.shard_base, plan.layout.micro_batch_size,
+        name_of(plan.layout.checkpointing), gib(plan.memory.total()), plan.step_seconds(), plan.tokens_per_second());
   }
   if (plans.empty()) text += "  none fits\n";
   return text;
@@ -88,7 +89,7 @@ std::string assumptions(const Cluster& c) {
   if (c.ranks > c.ranks_per_host) {
     text += fmt::format(", {:.4g} GB/s a host and {:.3g} us a hop between hosts", c.between.gbps, c.between.latency_us);
   }
-  return text + "; nothing overlaps";
+  return text + "; weights are gathered beside the work, nothing else overlaps";
 }
 
 ordered_json to_json(const Plan& plan) {
@@ -107,6 +108,7 @@ ordered_json to_json(const Plan& plan) {
            {{"ranks", plan.ranks},
             {"data", plan.data},
             {"tensor", plan.layout.tensor},
+            {"shard_base", plan.layout.shard_base},
             {"micro_batch_size", plan.layout.micro_batch_size},
             {"activation_checkpointing", name_of(plan.layout.checkpointing)}}},
           {"parameters", {{"trainable", plan.trained}, {"all", plan.all_parameters}, {"percent", percent(plan)}}},
@@ -155,7 +157,7 @@ std::string plan_text(const PlanReport& r) {
   }
   text += "\ntime a step\n" + time_line(("this run (" + r.method + ")").c_str(), r.run);
   text += time_line("full fine-tuning", r.full) + "\n";
-  text += layout_lines("quickest layouts that fit, one a split", r.layouts);
+  text += layout_lines("quickest layouts that fit, of every split", r.layouts);
   text += layout_lines("of full fine-tuning", r.full_layouts);
   return text + assumptions(r.cluster);
 }

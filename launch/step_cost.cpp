@@ -168,7 +168,7 @@ class KeptWalk {
 bool is_packed(const Outline& outline, const std::vector<LinearGroup>& groups, int64_t element_bytes) {
   int64_t weights = 0;
   for (const LinearGroup& group : groups) weights += group.weights;
-  return outline.stored_bytes > 0 && outline.stored_bytes < element_bytes * weights;
+  return outline.linear_bytes > 0 && outline.linear_bytes < element_bytes * weights;
 }
 
 int64_t local_vocabulary(const Outline& outline) { return (outline.shape.vocab + outline.tensor - 1) / outline.tensor; }
@@ -258,7 +258,7 @@ void add_weights_and_loss(const Outline& outline, const AdapterMethod& method, c
   if (method.trains_base()) work.bytes += 4 * kMasterBytes * weights * micro_batches;  // made, then added
   if (is_packed(outline, groups, step.element_bytes)) {
     const double products = step.checkpointing == Checkpointing::full ? 3 : 2;
-    work.bytes += products * micro_batches * (static_cast<double>(outline.stored_bytes) + e * weights);
+    work.bytes += products * micro_batches * (static_cast<double>(outline.linear_bytes) + e * weights);
   }
   // AdamW, norm, clipping, the copies in the run's dtype, zeroing.
   work.bytes += (44 + 4 + e) * static_cast<double>(outline.trained_here);

@@ -2,6 +2,7 @@
 #include <c10/util/ThreadLocalDebugInfo.h>
 
 #include "launch/plan.h"
+#include "launch/run_config.h"
 #include "tests/mpi_main.h"
 #include "tests/support.h"
 #include "trainer/methods/mora.h"
@@ -15,7 +16,7 @@ constexpr int64_t kLength = 48, kSequences = 2;
 
 struct PlanCase {
   std::string name, method = "lora", shape = "tiny-llama", family = {};
-  std::string quantization = "none";
+  std::string quantization = "none", shard_base = "none";
   int64_t mora_type = 1;
   Checkpointing checkpointing = Checkpointing::none;
   at::ScalarType dtype = at::kFloat;
@@ -36,6 +37,8 @@ const PlanCase kPlanCases[] = {
     {.name = "lora_recomputed", .checkpointing = Checkpointing::full},
     {.name = "lora_nf4", .quantization = "nf4"},
     {.name = "lora_int8", .quantization = "int8"},
+    {.name = "lora_sharded", .shard_base = "dp"},
+    {.name = "lora_sharded_nf4", .quantization = "nf4", .shard_base = "dp"},
     {.name = "dora", .method = "dora"},
     {.name = "dora_dropout", .method = "dora", .dropout = 0.1},
     {.name = "dora_nf4", .method = "dora", .quantization = "nf4"},
@@ -65,6 +68,7 @@ RunConfig run_of(const PlanCase& one) {
   run.model.dtype = one.dtype;
   run.model.quantization = one.quantization;
   run.model.checkpointing = one.checkpointing;
+  run.parallel.shard_base = one.shard_base;
   run.model.max_positions = kLength;
   run.adapter.method = one.method;
   run.adapter.lora_dropout = one.dropout;
@@ -120,7 +124,9 @@ class Planned : public testing::TestWithParam<PlanCase> {
     return ranks == 1 ? std::vector<int>{1} : std::vector<int>{1, ranks};
   }
   TrainingRun build(int tensor) const {
-    return TrainingRun(&test_world(), tensor, run_.model, run_.adapter, run_.train.optimizer);
+    ModelOptions options = run_.model;
+    options.residency = make_residency(run_.parallel.shard_base, shared_mesh(&test_world(), tensor).mesh.dp());
+    return TrainingRun(&test_world(), tensor, options, run_.adapter, run_.train.optimizer);
   }
   StepShape step() const {
     return {.sequences = kSequences,
@@ -142,7 +148,7 @@ int64_t state_bytes(AdapterMethod& method) {
 TEST_P(Planned, ParametersAndResidentBytesAreThoseOfARank) {
   for (const int tensor : splits()) {
     if (tensor > 1 && run_.adapter.method == "mora" && GetParam().shape == "tiny-gpt2") continue;
-    const Outline outline = outline_of(run_, tensor);
+    const Outline outline = outline_of(run_, tensor, test_world().size() / tensor);
     TrainingRun run = build(tensor);
     const MemoryPlan plan = memory_of(outline, *run.method, step());
     const int64_t element = step().element_bytes, masters = static_cast<int64_t>(run.store.masters().nbytes());
@@ -183,7 +189,7 @@ int64_t kept_bytes(TrainingRun& run, const Batch& batch) {
 
 TEST_P(Planned, ActivationsAreThoseThatForwardLeaves) {
   for (const int tensor : splits()) {
-    const Outline outline = outline_of(run_, tensor);
+    const Outline outline = outline_of(run_, tensor, test_world().size() / tensor);
     TrainingRun run = build(tensor);
     const Batch batch = full_batches(run.model->vocab_size(), 1).micro_batches[0];
     kept_bytes(run, batch);  // makes keys and caches
@@ -199,7 +205,7 @@ TEST_P(Planned, BytesAreThoseOfAStep) {
     run_.train.global_batch_size = 2 * kSequences * ranks / tensor;
     Cluster cluster;
     cluster.ranks = cluster.ranks_per_host = ranks;
-    const Plan plan = make_plan(run_, outline_of(run_, tensor), cluster);
+    const Plan plan = make_plan(run_, outline_of(run_, tensor, test_world().size() / tensor), cluster);
     TrainingRun run = build(tensor);
     const Ledger::Snapshot before = run.ledger.snapshot();
     run.step(full_batches(run.model->vocab_size(), 2), 1, 1e-3);
@@ -211,6 +217,39 @@ TEST_P(Planned, BytesAreThoseOfAStep) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, Planned, testing::ValuesIn(kPlanCases), [](const auto& one) { return one.param.name; });
+
+RunConfig gpt3() {
+  RunConfig run = read_run(repository("configs/gpt3-175b.yaml"), {});
+  run.parallel.tensor = 1;
+  return run;
+}
+
+/// What arXiv 2106.09685 says of GPT-3 (section 4.2, Table 4), as far as it follows from arithmetic.
+TEST(Paper, CountsOfGpt3) {
+  const RunConfig run = gpt3();
+  const Outline outline = outline_of(run, 1, 1);
+  EXPECT_NEAR(static_cast<double>(outline.base_parameters), 175e9, 1e9);
+  EXPECT_EQ(outline.trained, 18'874'368);  // "18.9 M": r 4 on W_q and W_v of 96 layers
+  const LinearSize projection{.name = "q", .in = 12288, .out = 12288};
+  const GradientSizes one = make_method(run.adapter)->gradient_sizes(projection, 1);
+  EXPECT_EQ(outline.trained, 96 * 2 * (one.everywhere + one.data));  // of separate W_q and W_v as well
+  EXPECT_NEAR(static_cast<double>(outline.base_parameters) / static_cast<double>(outline.trained), 9250,
+              5);                                                                    // not 10,000
+  EXPECT_NEAR(2.0 * static_cast<double>(outline.trained) / (1 << 20), 36, 0.1);      // "35 MB", 16 bits a number
+  EXPECT_NEAR(100 * 2e-9 * static_cast<double>(outline.trained) + 349.2, 351, 0.2);  // base and 100 adapters, GB: "354"
+}
+
+TEST(Paper, MemoryOfGpt3) {
+  const RunConfig run = gpt3(), full_run = as_full_fine_tuning(run);
+  const StepShape step{.sequences = 1, .seq_len = 2048, .targets = 2047};
+  const MemoryPlan lora = memory_of(outline_of(run, 1, 1), *make_method(run.adapter), step);
+  const Outline full = outline_of(full_run, 1, 1);
+  EXPECT_NEAR(static_cast<double>(lora.resident()) / 1e9, 350, 1);                    // "350 GB"
+  const double sixteen_bits = 6e-9 * static_cast<double>(full.trained);               // weights and two moments
+  EXPECT_NEAR(sixteen_bits / (static_cast<double>(lora.resident()) / 1e9), 3, 0.01);  // "threefold"
+  const auto bytes = memory_of(full, *make_method(full_run.adapter), step).resident();
+  EXPECT_EQ(bytes, 18 * full.trained);  // this program's: float32 masters, gradients and moments, bfloat16 copies
+}
 
 /// LoRA that forgets the product with A.
 class Forgetful : public AdapterMethod {
@@ -235,7 +274,7 @@ TEST(PlantedError, AnUpdateThatIsForgottenIsSeen) {
   const StepShape step{.sequences = kSequences, .seq_len = kLength, .targets = 94, .element_bytes = 4};
   const Batch batch = full_batches(run.model->vocab_size(), 1).micro_batches[0];
   kept_bytes(run, batch);
-  const auto plan = memory_of(outline_of(config, 1), Forgetful(*run.method), step).activations;
+  const auto plan = memory_of(outline_of(config, 1, test_world().size()), Forgetful(*run.method), step).activations;
   EXPECT_GT(static_cast<double>(kept_bytes(run, batch)) / static_cast<double>(plan), 1.02);
 }
 

@@ -71,7 +71,8 @@ int run_plan(const PlanArguments& a, Storage& storage) {
   check_hosts(cluster, tensor);
   run.adapter = check_plan(run, ranks).adapter;
   const RunConfig full_run = as_full_fine_tuning(run);
-  const Outline outline = outline_of(run, tensor), full_outline = outline_of(full_run, tensor);
+  const Outline outline = outline_of(run, tensor, ranks / tensor);
+  const Outline full_outline = outline_of(full_run, tensor, ranks / tensor);
   const PlanReport report = report_of(run, full_run, outline, full_outline, cluster);
   nlohmann::ordered_json answer = plan_json(report);
   if (a.json || !a.plot_file.empty()) {
