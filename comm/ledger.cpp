@@ -10,8 +10,6 @@ std::string_view name(Purpose purpose) {
       return "weight-gradients";
     case Purpose::tensor_activations:
       return "tensor-activations";
-    case Purpose::base_gathers:
-      return "base-gathers";
     case Purpose::vocabulary_loss:
       return "vocabulary-loss";
     case Purpose::gradient_norm:

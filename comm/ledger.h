@@ -13,10 +13,10 @@ enum class Purpose {
   adapter_gradients,   ///< sum of adapter gradients, once a step
   weight_gradients,    ///< the same where base weights train (full fine-tuning)
   tensor_activations,  ///< activations and their gradients between tensor-parallel ranks
-  base_gathers,        ///< frozen weights gathered from the data-parallel ranks that share them
   vocabulary_loss,     ///< softmax statistics of the vocabulary-parallel cross entropy
   gradient_norm,       ///< squares of sharded gradients
   adapter_statistics,  ///< what a method sums beside gradients: DoRA's norms, AdaLoRA's Gram matrices and scores
+  base_gathers,        ///< frozen weights gathered from the data-parallel ranks that share them
   data_control,        ///< token counts, losses
   checkpoint,          ///< shards gathered for a save
   startup,             ///< agreement and rendezvous before the first step, the sum of counts after the last

@@ -5,6 +5,7 @@
 
 #include "comm/backends.h"
 #include "trainer/methods/start.h"
+#include "trainer/weights/sharded.h"
 
 namespace corank {
 namespace {
@@ -30,7 +31,7 @@ int64_t bias_bytes(const Outline& outline, at::ScalarType dtype) {
   return elements * static_cast<int64_t>(c10::elementSize(dtype));
 }
 
-/// Two groups of linears, each of one input, are whole at a time (trainer/weights/sharded.h).
+/// Neighbours in the order of forward are whole at a time (trainer/weights/sharded.h).
 void add_linears(Model& model, Outline& outline) {
   std::map<int64_t, int64_t> gathered;  // bytes by order
   for (const AdaptedLinear* linear : model.linears()) {
@@ -38,10 +39,11 @@ void add_linears(Model& model, Outline& outline) {
     outline.linear_bytes += part > 0 ? part * outline.data : linear->weight().bytes();
     gathered[linear->weight().order()] += part * outline.data;
   }
-  int64_t before = 0;
-  for (const auto& [order, bytes] : gathered) {
-    outline.gathered_bytes = std::max(outline.gathered_bytes, before + bytes);
-    before = bytes;
+  for (auto first = gathered.begin(); first != gathered.end(); ++first) {
+    int64_t bytes = 0;
+    auto one = first;
+    for (size_t i = 0; i < Slots::kSlots && one != gathered.end(); ++i) bytes += (one++)->second;
+    outline.gathered_bytes = std::max(outline.gathered_bytes, bytes);
   }
 }
 

@@ -7,18 +7,15 @@
 #include "trainer/layers/cross_entropy.h"
 #include "trainer/methods/targets.h"
 
-// Legend: D hidden, V this rank's rows of the vocabulary, e bytes of an activation.
 namespace corank {
 namespace {
 
 constexpr int64_t kMasterBytes = 4;
 constexpr int64_t kProductWorkspace = int64_t{32} << 20;  // cuBLAS takes it from the allocator on Hopper
-
-constexpr size_t kGroupsOfLayer = 4;  // one of each LinearRole
+constexpr size_t kGroupsOfLayer = 4;                      // one of each LinearRole
 
 /// Linears that read one input, on one rank.
 struct LinearGroup {
-  LinearRole role = LinearRole::attention_in;
   int64_t in = 0, out = 0;  ///< features of this rank
   int64_t weights = 0;      ///< elements of this rank
   bool trains = false;
@@ -64,7 +61,6 @@ LinearGroup group_of(const Outline& outline, const AdapterMethod& method, const 
                      const std::vector<const LinearSize*>& together, int64_t row_in) {
   LinearGroup group;
   const int64_t tensor = outline.tensor;
-  group.role = together.front()->role;
   for (size_t i = 0; i < together.size(); ++i) {
     const LinearSize& linear = *together[i];
     const int64_t in = linear.row ? linear.in / tensor : linear.in, out = linear.row ? linear.out : linear.out / tensor;

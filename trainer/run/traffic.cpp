@@ -86,16 +86,16 @@ void add_loss(CollectiveList& list, int64_t targets, int64_t head_rows) {
   }
 }
 
-/// Weights gathered from the data-parallel ranks: in the passes of each micro-batch, and where the method reads them
-/// beside.
-void add_gathers(CollectiveList& list, const TrafficShape& shape, const std::vector<int64_t>& in_passes,
-                 int64_t micro_batches, const std::set<std::string>& trained, int64_t reads) {
-  const auto add = [&](int64_t bytes, int64_t calls) {
-    if (calls > 0) list.add({Purpose::base_gathers, Axis::dp, {Collective::all_gather, bytes, 1}, calls});
-  };
-  for (const int64_t bytes : in_passes) add(bytes, micro_batches);
+void add_gather(CollectiveList& list, int64_t bytes) {
+  list.add({Purpose::base_gathers, Axis::dp, {Collective::all_gather, bytes, 1}});
+}
+
+/// Weights that a method reads beside the passes of a step.
+void add_apart(CollectiveList& list, const TrafficShape& shape, const std::set<std::string>& trained, int64_t reads) {
   for (size_t i = 0; i < shape.linears.size(); ++i) {
-    if (trained.count(shape.linears[i].name)) add(shape.stored[i].gather_bytes, reads);
+    for (int64_t read = 0; read < reads && trained.count(shape.linears[i].name); ++read) {
+      add_gather(list, shape.stored[i].gather_bytes);
+    }
   }
 }
 
@@ -140,10 +140,10 @@ std::vector<StepCollective> predict_step(const TrafficShape& shape, const Adapte
   list.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
   const std::set<std::string> names = names_of(trained);
   const auto halves = half_layers(shape, names, embedding_trains(shape, full), checkpointing);
-  add_gathers(list, shape, base_gathers(shape, halves, checkpointing), static_cast<int64_t>(micro_batches.size()),
-              names, method->base_reads());
-  const int64_t sums = sums_per_token(halves);
+  add_apart(list, shape, names, method->base_reads());
   for (const BatchSize& batch : micro_batches) {
+    for (const int64_t bytes : base_gathers(shape, halves, checkpointing)) add_gather(list, bytes);
+    const int64_t sums = sums_per_token(halves);
     list.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
     add_loss(list, batch.targets, (shape.vocab + tensor - 1) / tensor);
     list.add_sum(Purpose::tensor_activations, Axis::tp, batch.targets * shape.hidden, activation_bytes);
