@@ -16,6 +16,8 @@ std::string_view name(Purpose purpose) {
       return "gradient-norm";
     case Purpose::adapter_statistics:
       return "adapter-statistics";
+    case Purpose::base_gathers:
+      return "base-gathers";
     case Purpose::data_control:
       return "data-control";
     case Purpose::checkpoint:
