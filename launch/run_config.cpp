@@ -72,10 +72,6 @@ Checkpointing checkpointing_of(const std::string& name) {
   return name == "full" ? Checkpointing::full : name == "mlp" ? Checkpointing::mlp : Checkpointing::none;
 }
 
-std::string name_of(Checkpointing c) {
-  return c == Checkpointing::full ? "full" : c == Checkpointing::mlp ? "mlp" : "none";
-}
-
 void read_steps(const Section& s, TrainConfig& t) {
   t.max_steps = s.get_optional<int64_t>("max_steps");
   t.num_train_epochs = s.get_optional<double>("num_train_epochs");
@@ -168,6 +164,10 @@ std::string train_yaml(const TrainConfig& t, Checkpointing checkpointing) {
 }
 
 }  // namespace
+
+std::string name_of(Checkpointing c) {
+  return c == Checkpointing::full ? "full" : c == Checkpointing::mlp ? "mlp" : "none";
+}
 
 RunConfig read_run(const std::string& path, const std::vector<std::string>& overrides) {
   const Section file = Section::load(path, overrides);

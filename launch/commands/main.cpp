@@ -28,6 +28,7 @@ constexpr corank::Command kCommands[] = {
     {"combine", "several adapters -> one PEFT folder", corank::declare_combine, false},
     {"inspect", "what is in a checkpoint, token file, adapter or model", corank::declare_inspect, false},
     {"validate", "every check that train makes before its first step", corank::declare_validate, false},
+    {"plan", "memory, bytes, time and layouts of a run, before anything of it is started", corank::declare_plan, false},
     {"bench comm", "bytes of one step by purpose, predicted and counted, against full fine-tuning",
      corank::declare_bench_comm, true},
     {"bench step", "speed and memory of the training step", corank::declare_bench_step, true},
