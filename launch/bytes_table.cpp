@@ -47,9 +47,11 @@ std::string quoted(const std::string& path) {
 std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig& adapter,
                                            const std::vector<BatchSize>& micro_batches) {
   const Mesh& mesh = session.mesh();
-  const int64_t element = session.run().model.dtype == at::kFloat ? 4 : 2;
+  const RunConfig& run = session.run();
+  const int64_t element = run.model.dtype == at::kFloat ? 4 : 2;
+  const std::string sum = make_method(adapter)->trains_base() ? run.parallel.gradient_dtype : run.gradient_sum();
   return predict_step_bytes(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
-                            static_cast<int>(element), session.run().model.checkpointing, micro_batches);
+                            static_cast<int>(element), run.model.checkpointing, micro_batches, 1, gradient_sum(sum));
 }
 
 std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Purpose, int64_t>& full) {

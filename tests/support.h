@@ -25,7 +25,7 @@ double relative_error(const at::Tensor& a, const at::Tensor& b);
 
 /// The ranks of a program as a mesh, and what they have sent since it began: look at differences.
 struct SharedMesh {
-  SharedMesh(const World* world, int tensor);
+  SharedMesh(const World* world, int tensor, int parts);
 
   Ledger ledger;
   Mesh mesh;
@@ -33,8 +33,8 @@ struct SharedMesh {
 
 /// Collective over `world` (null: this process alone). Made for the first that asks, then shared until the program
 /// ends: NCCL takes a second and more for every group. The backend is this build's, MPI or, in the tests of GPUs, NCCL;
-/// cross-check is on.
-SharedMesh& shared_mesh(const World* world, int tensor);
+/// cross-check is on. `parts`: the ranks are as many meshes of equal size, of which this rank is in one.
+SharedMesh& shared_mesh(const World* world, int tensor, int parts = 1);
 
 /// Of all groups of `mesh`; alike on all ranks.
 void set_cross_check(const Mesh& mesh, bool on);
@@ -43,8 +43,11 @@ void set_cross_check(const Mesh& mesh, bool on);
 struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
               OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
+  /// Gradients are summed as `how` says (comm/gradient_sum.h).
+  TrainingRun(SharedMesh& shared, ModelOptions options, const AdapterConfig& adapter, const std::string& how,
+              OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
 
-  StepParts parts() { return {mesh, *model, *method, store, *optimizer, *reducer, dropout}; }
+  StepParts parts() { return {mesh, *model, *method, store, *optimizer, *sum, dropout}; }
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
 
   Ledger& ledger;    ///< shared
@@ -53,7 +56,8 @@ struct TrainingRun {
   std::unique_ptr<AdapterMethod> method;
   ParameterStore store;
   std::unique_ptr<Optimizer> optimizer;
-  std::unique_ptr<GradReducer> reducer;
+  std::string how_to_sum;
+  std::unique_ptr<GradientSum> sum;
   DropoutKeys dropout;
 };
 
@@ -64,12 +68,10 @@ Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot&
 
 using PredictedBytes = std::map<Purpose, int64_t>;
 
-/// Bytes of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`, the trainer's question whether
-/// to stop included.
+/// Bytes of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`.
 PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
                                const StepBatches& batches, int64_t step);
-/// `unasked`: bytes of a question that was not counted.
-void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, int64_t unasked, const std::string& what);
+void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, const std::string& what);
 
 /// Collective over the world. Parameters that are not the same bits on all ranks that hold them.
 std::vector<std::string> unequal_replicas(const Mesh& mesh, const ParameterStore& store);

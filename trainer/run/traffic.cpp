@@ -12,8 +12,6 @@
 namespace corank {
 namespace {
 
-constexpr int64_t kMasterBytes = 4;
-
 /// Gradients of what no adapter sits on: all of it, or what stands in modules_to_save.
 GradientSizes other_gradients(const TrafficShape& shape, bool full) {
   GradientSizes sizes;
@@ -88,7 +86,8 @@ TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
 
 std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
                                               int data, int activation_bytes, Checkpointing checkpointing,
-                                              const std::vector<BatchSize>& micro_batches, int64_t step) {
+                                              const std::vector<BatchSize>& micro_batches, int64_t step,
+                                              const GradientSumEntry& sum) {
   const auto method = make_method(adapter);
   const bool full = method->trains_base();
   const auto trained = trained_linears(shape, adapter, full);
@@ -103,10 +102,9 @@ std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const A
     if (count > 0) bytes[purpose] += count;
   };
   const Purpose gradients = method->gradient_purpose();
-  if (data * tensor > 1) add(gradients, kMasterBytes * sizes.everywhere);
-  if (data > 1) add(gradients, kMasterBytes * sizes.data);
-  if (data > 1) add(Purpose::data_control, 16 + 8);      // counts of targets and tokens, loss
-  if (data * tensor > 1) add(Purpose::data_control, 8);  // request to stop
+  if (data * tensor > 1 && sizes.everywhere > 0) add(gradients, sum.payload_bytes(sizes.everywhere));
+  if (data > 1 && sizes.data > 0) add(gradients, sum.payload_bytes(sizes.data));
+  if (data * tensor > 1) add(Purpose::data_control, 16);  // loss, wish to stop
   add(Purpose::adapter_statistics, method->statistics_bytes(trained, tensor, data, step));
   const std::set<std::string> names = names_of(trained);
   const auto halves = half_layers(shape, names, embedding_trains(shape, full), checkpointing);

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "comm/mesh.h"
+#include "comm/gradient_sum.h"
 #include "trainer/methods/methods.h"
 #include "trainer/models/families.h"
 
@@ -40,6 +40,7 @@ struct BatchSize {
 /// trains), what recomputation repeats, and M D e for the loss.
 std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
                                               int data, int activation_bytes, Checkpointing checkpointing,
-                                              const std::vector<BatchSize>& micro_batches, int64_t step = 1);
+                                              const std::vector<BatchSize>& micro_batches, int64_t step = 1,
+                                              const GradientSumEntry& sum = plain_sum());
 
 }  // namespace corank
