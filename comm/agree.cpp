@@ -91,4 +91,26 @@ void require_equal(Communicator& world, const std::string& text, const std::stri
   }
 }
 
+Ledger::Snapshot sum_over_ranks(Communicator& world, const Ledger::Snapshot& mine) {
+  constexpr int64_t kCounts = 5;
+  at::Tensor counts = at::empty({kNumPurposes, kCounts}, at::TensorOptions(at::kLong));
+  auto* out = counts.mutable_data_ptr<int64_t>();
+  for (const Traffic& t : mine) {
+    for (const int64_t count :
+         {t.calls, t.payload_bytes, t.sent_bytes, t.payload_between_hosts, t.sent_between_hosts}) {
+      *out++ = count;
+    }
+  }
+  counts = counts.to(world.device());
+  world.all_reduce(counts, ReduceOp::sum, Purpose::startup);
+  counts = counts.to(at::kCPU);
+  const auto* in = counts.const_data_ptr<int64_t>();
+  Ledger::Snapshot all;
+  for (Traffic& traffic : all) {
+    traffic = {in[0], in[1], in[2], 0, in[3], in[4]};
+    in += kCounts;
+  }
+  return all;
+}
+
 }  // namespace corank

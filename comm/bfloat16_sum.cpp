@@ -45,7 +45,7 @@ const GradientSumEntry& bfloat16_sum() {
       [](const Mesh& mesh, const GradientBuffers& buffers) -> std::unique_ptr<GradientSum> {
         return std::make_unique<Bfloat16Sum>(mesh, buffers);
       },
-      [](int64_t elements) { return 2 * elements; }};
+      [](int64_t elements) { return Transfer{Collective::all_reduce, elements, sizeof(at::BFloat16)}; }};
   return entry;
 }
 

@@ -35,6 +35,10 @@ struct Communicator::Call {
   at::Tensor tensor = {};  // undefined for barrier and split
   int64_t argument = 0;    // reduction or root
 
+  Transfer transfer() const {
+    return {collective, tensor.numel(), static_cast<int64_t>(tensor.element_size()), static_cast<int>(argument)};
+  }
+
   struct Field {
     const char* name;
     int64_t value;
@@ -66,15 +70,15 @@ struct Communicator::Call {
 void Communicator::all_reduce(const at::Tensor& tensor, ReduceOp op, Purpose purpose) {
   require_tensor(Collective::all_reduce, tensor);
   require_reducible(Collective::all_reduce, tensor, op);
-  if (size_ == 1) return;
+  if (size() == 1) return;
   run({Collective::all_reduce, purpose, tensor, static_cast<int64_t>(op)}, [&] { do_all_reduce(tensor, op); });
 }
 
 at::Tensor Communicator::all_gather(const at::Tensor& input, Purpose purpose) {
   require_tensor(Collective::all_gather, input);
   if (input.dim() == 0) refuse(Collective::all_gather, "the tensor has no dim 0 to concatenate along");
-  if (size_ == 1) return input;
-  at::Tensor output = at::empty(scaled_rows(input, input.size(0) * size_), input.options());
+  if (size() == 1) return input;
+  at::Tensor output = at::empty(scaled_rows(input, input.size(0) * size()), input.options());
   run({Collective::all_gather, purpose, input}, [&] { do_all_gather(output, input); });
   return output;
 }
@@ -82,13 +86,13 @@ at::Tensor Communicator::all_gather(const at::Tensor& input, Purpose purpose) {
 at::Tensor Communicator::reduce_scatter(const at::Tensor& input, ReduceOp op, Purpose purpose) {
   require_tensor(Collective::reduce_scatter, input);
   require_reducible(Collective::reduce_scatter, input, op);
-  if (input.dim() == 0 || input.size(0) % size_ != 0) {
+  if (input.dim() == 0 || input.size(0) % size() != 0) {
     std::ostringstream reason;
     reason << "dim 0 of the tensor (sizes " << input.sizes() << ") does not divide by the number of ranks";
     refuse(Collective::reduce_scatter, reason.str());
   }
-  if (size_ == 1) return input;
-  at::Tensor output = at::empty(scaled_rows(input, input.size(0) / size_), input.options());
+  if (size() == 1) return input;
+  at::Tensor output = at::empty(scaled_rows(input, input.size(0) / size()), input.options());
   run({Collective::reduce_scatter, purpose, input, static_cast<int64_t>(op)},
       [&] { do_reduce_scatter(output, input, op); });
   return output;
@@ -96,23 +100,23 @@ at::Tensor Communicator::reduce_scatter(const at::Tensor& input, ReduceOp op, Pu
 
 void Communicator::broadcast(const at::Tensor& tensor, int root, Purpose purpose) {
   require_tensor(Collective::broadcast, tensor);
-  if (root < 0 || root >= size_) {
+  if (root < 0 || root >= size()) {
     refuse(Collective::broadcast,
-           "root " + std::to_string(root) + " is not a rank from 0 to " + std::to_string(size_ - 1));
+           "root " + std::to_string(root) + " is not a rank from 0 to " + std::to_string(size() - 1));
   }
-  if (size_ == 1) return;
+  if (size() == 1) return;
   run({Collective::broadcast, purpose, tensor, root}, [&] { do_broadcast(tensor, root); });
 }
 
 void Communicator::barrier() {
-  if (size_ == 1) return;
+  if (size() == 1) return;
   begin({Collective::barrier});
   do_barrier();
 }
 
 std::unique_ptr<Communicator> Communicator::split(int color, const std::string& axis) {
   if (color < 0) refuse(Collective::split, "the color " + std::to_string(color) + " is negative");
-  if (size_ > 1) begin({Collective::split});
+  if (size() > 1) begin({Collective::split});
   std::unique_ptr<Communicator> group = do_split(color, axis);
   group->set_cross_check(cross_check_);
   return group;
@@ -129,8 +133,9 @@ void Communicator::run(const Call& call, Transfer transfer) {
   if (ledger_.timing()) do_synchronize();
   const bool timed = device_.is_cpu() || ledger_.timing();
   const double seconds = timed ? std::chrono::duration<double>(Clock::now() - start).count() : 0;
-  const auto payload = static_cast<int64_t>(call.tensor.nbytes());
-  ledger_.record(*call.purpose, {1, payload, ring_bytes(call.collective, payload, size_), seconds});
+  Traffic traffic = ring_traffic(call.transfer(), ring_);
+  traffic.seconds = seconds;
+  ledger_.record(*call.purpose, traffic);
 }
 
 void Communicator::begin(const Call& call) {
@@ -182,6 +187,6 @@ void Communicator::refuse(Collective collective, const std::string& reason) cons
                       " passed a wrong argument: " + reason + ".");
 }
 
-std::string Communicator::place() const { return "Rank " + std::to_string(rank_) + " of " + std::to_string(size_); }
+std::string Communicator::place() const { return "Rank " + std::to_string(rank()) + " of " + std::to_string(size()); }
 
 }  // namespace corank

@@ -30,8 +30,10 @@ class Communicator {
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
-  int rank() const { return rank_; }
-  int size() const { return size_; }
+  int rank() const { return ring_.rank(); }
+  int size() const { return ring_.size(); }
+  /// The order in which its ranks pass bytes on, and which of them share a host.
+  const Ring& ring() const { return ring_; }
   /// Name of the group in messages: "world", "dp", "tp".
   const std::string& axis() const { return axis_; }
   at::Device device() const { return device_; }
@@ -58,8 +60,8 @@ class Communicator {
   void set_cross_check(bool on) { cross_check_ = on; }
 
  protected:
-  Communicator(int rank, int size, std::string axis, at::Device device, Ledger& ledger)
-      : rank_(rank), size_(size), axis_(std::move(axis)), device_(device), ledger_(ledger) {}
+  Communicator(Ring ring, std::string axis, at::Device device, Ledger& ledger)
+      : ring_(std::move(ring)), axis_(std::move(axis)), device_(device), ledger_(ledger) {}
 
   // A backend sees checked arguments and tensors with elements only and, but for do_split, groups of several ranks
   // only.
@@ -89,8 +91,7 @@ class Communicator {
   [[noreturn]] void refuse(Collective collective, const std::string& reason) const;
   std::string place() const;
 
-  int rank_;
-  int size_;
+  Ring ring_;
   std::string axis_;
   at::Device device_;
   Ledger& ledger_;

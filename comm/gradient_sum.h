@@ -62,7 +62,7 @@ struct GradientSumEntry {
   std::string name;
   std::unique_ptr<GradientSum> (*make)(const Mesh& mesh, const GradientBuffers& buffers);
   /// What a rank hands over in a step for a part of `elements`, more than none, to a group of several ranks.
-  int64_t (*payload_bytes)(int64_t elements);
+  Transfer (*transfer)(int64_t elements);
 };
 
 const GradientSumEntry& plain_sum();     ///< "float32": in float32, in the order of ranks and collectives

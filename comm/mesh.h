@@ -1,9 +1,17 @@
 #pragma once
 #include <memory>
+#include <vector>
 
 #include "comm/communicator.h"
 
 namespace corank {
+
+/// A group of the mesh.
+enum class Axis { world, dp, tp };
+
+/// The ring of a group as world rank `rank` sees it, of ranks that need not be there. `hosts` by world rank: equal
+/// numbers for ranks of one host. `tensor_size` divides their number.
+Ring ring_of(Axis axis, const std::vector<int>& hosts, int tensor_size, int rank);
 
 /// The world as dp x tp. Tensor-parallel ranks are neighbours (world rank = dp rank * tp size + tp rank), so that a
 /// group stays inside a host. Owns its communicators.
@@ -15,6 +23,7 @@ class Mesh {
   Communicator& world() const { return *world_; }
   Communicator& dp() const { return *dp_; }
   Communicator& tp() const { return *tp_; }
+  Communicator& group(Axis axis) const;
   at::Device device() const { return world_->device(); }
 
  private:

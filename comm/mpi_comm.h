@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "comm/ring.h"
+
 namespace corank {
 
 /// Owns one MPI communicator whose errors become CommError. What the backends share over the host: barrier, split,
@@ -49,6 +51,9 @@ class MpiComm {
     check(MPI_Allgather(&value, sizeof(T), MPI_BYTE, all.data(), sizeof(T), MPI_BYTE, comm_), "MPI_Allgather");
     return all;
   }
+
+  /// Collective. The ring of this group. `host`: a number that ranks of one host share.
+  Ring ring(int host) const { return {all_gather(host), rank_}; }
 
  private:
   /// Takes ownership of `comm`.

@@ -8,86 +8,46 @@
 namespace corank {
 namespace {
 
-struct Sum {
-  float operator()(float a, float b) const { return a + b; }
-};
-struct Max {
-  float operator()(float a, float b) const { return std::max(a, b); }
-};
-struct Min {
-  float operator()(float a, float b) const { return std::min(a, b); }
-};
+constexpr int kTag = 0;
+constexpr int64_t kBroadcastPiece = int64_t{1} << 20;  // passed on while the next one comes
 
-template <class Combine>
-void combine_bfloat16(void* in, void* inout, int* count, MPI_Datatype*) {
-  const auto* a = static_cast<const at::BFloat16*>(in);
-  auto* b = static_cast<at::BFloat16*>(inout);
-  for (int i = 0; i < *count; ++i) b[i] = at::BFloat16(Combine()(a[i], b[i]));  // rounds to nearest even
-}
+/// Parts of a tensor by place in the ring.
+using RingParts = std::vector<at::Tensor>;
 
-/// Owns a commutative reduction of our own.
-class MpiOp {
- public:
-  MpiOp(const MpiComm& comm, MPI_User_function* function) {
-    comm.check(MPI_Op_create(function, 1, &op_), "MPI_Op_create");
-  }
-  MpiOp(const MpiOp&) = delete;
-  MpiOp& operator=(const MpiOp&) = delete;
-  ~MpiOp() {
-    int finalized = 0;
-    MPI_Finalized(&finalized);
-    if (!finalized) MPI_Op_free(&op_);
-  }
-  MPI_Op get() const { return op_; }
-
- private:
-  MPI_Op op_ = MPI_OP_NULL;
-};
-
-MPI_Datatype mpi_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return MPI_FLOAT;
-    case at::kDouble:
-      return MPI_DOUBLE;
-    case at::kBFloat16:
-      return MPI_UINT16_T;
-    case at::kInt:
-      return MPI_INT32_T;
-    case at::kLong:
-      return MPI_INT64_T;
-    case at::kByte:
-      return MPI_UINT8_T;
-    default:
-      throw InternalError(std::string("No MPI type for ") + at::toString(type) + ".");
-  }
-}
-
-MPI_Op built_in_op(ReduceOp op) {
+/// bfloat16: pairwise in float32, rounded.
+void combine(const at::Tensor& mine, const at::Tensor& other, ReduceOp op) {
+  at::Tensor result = mine;
   switch (op) {
     case ReduceOp::sum:
-      return MPI_SUM;
+      result.add_(other);
+      return;
     case ReduceOp::max:
-      return MPI_MAX;
+      at::maximum_out(result, mine, other);
+      return;
     case ReduceOp::min:
-      return MPI_MIN;
+      at::minimum_out(result, mine, other);
+      return;
   }
   throw InternalError("Unknown reduction.");
 }
 
-void* address(const at::Tensor& tensor, int64_t offset) {
-  return static_cast<char*>(tensor.data_ptr()) + offset * tensor.element_size();
+/// Calls work(address, bytes) for pieces of at most `most` bytes of a contiguous tensor.
+template <class Work>
+void for_each_piece(const at::Tensor& tensor, int64_t most, Work work) {
+  auto* data = static_cast<char*>(tensor.data_ptr());
+  const auto bytes = static_cast<int64_t>(tensor.nbytes());
+  for (int64_t offset = 0; offset < bytes; offset += most) {
+    work(data + offset, static_cast<int>(std::min(most, bytes - offset)));
+  }
 }
 
 class MpiCommunicator final : public Communicator {
  public:
-  MpiCommunicator(MpiComm comm, Ledger& ledger, int64_t max_elements)
-      : Communicator(comm.rank(), comm.size(), comm.axis(), at::kCPU, ledger),
+  MpiCommunicator(MpiComm comm, int host, int64_t max_message_bytes, Ledger& ledger)
+      : Communicator(comm.ring(host), comm.axis(), at::kCPU, ledger),
         comm_(std::move(comm)),
-        max_elements_(max_elements),
-        bfloat16_sum_(comm_, combine_bfloat16<Sum>),
-        bfloat16_max_(comm_, combine_bfloat16<Max>),
-        bfloat16_min_(comm_, combine_bfloat16<Min>) {}
+        host_(host),
+        max_message_bytes_(max_message_bytes) {}
 
  protected:
   void do_all_reduce(const at::Tensor& tensor, ReduceOp op) override;
@@ -97,86 +57,97 @@ class MpiCommunicator final : public Communicator {
   void do_barrier() override { comm_.barrier(); }
   std::pair<int64_t, int64_t> do_min_max(int64_t value) override { return comm_.min_max(value); }
   std::unique_ptr<Communicator> do_split(int color, const std::string& axis) override {
-    return std::make_unique<MpiCommunicator>(comm_.split(color, axis), ledger(), max_elements_);
+    return std::make_unique<MpiCommunicator>(comm_.split(color, axis), host_, max_message_bytes_, ledger());
   }
 
  private:
-  MPI_Op mpi_op(at::ScalarType type, ReduceOp op) const;
-  /// Calls transfer(offset, count) for pieces of `numel` elements. MPI libraries multiply a count by the group's size,
-  /// so `ranks` times the count stays within the limit.
-  template <class Transfer>
-  void for_each_piece(int64_t numel, int ranks, Transfer transfer) const;
+  /// The blocks of ranks, equally long.
+  RingParts blocks(const at::Tensor& tensor) const;
+  /// The part `back` places before this rank's.
+  const at::Tensor& before(const RingParts& parts, int back) const {
+    return parts[static_cast<size_t>((ring().position() + 2 * size() - back) % size())];
+  }
+  /// Reduces over the ranks: the part at this rank's place is whole afterwards, the others hold what was sent.
+  void reduce(const RingParts& parts, ReduceOp op);
+  /// Every rank has the part at its place and receives the others.
+  void collect(const RingParts& parts);
+  /// Sends `out` to the next rank while `in` comes from the previous one.
+  void exchange(const at::Tensor& out, const at::Tensor& in);
 
   MpiComm comm_;
-  int64_t max_elements_;
-  MpiOp bfloat16_sum_, bfloat16_max_, bfloat16_min_;
+  int host_;
+  int64_t max_message_bytes_;
 };
 
-MPI_Op MpiCommunicator::mpi_op(at::ScalarType type, ReduceOp op) const {
-  if (type != at::kBFloat16) return built_in_op(op);
-  switch (op) {
-    case ReduceOp::sum:
-      return bfloat16_sum_.get();
-    case ReduceOp::max:
-      return bfloat16_max_.get();
-    case ReduceOp::min:
-      return bfloat16_min_.get();
-  }
-  throw InternalError("Unknown reduction.");
+RingParts MpiCommunicator::blocks(const at::Tensor& tensor) const {
+  const at::Tensor rows = tensor.view({size(), -1});
+  RingParts parts;
+  for (int place = 0; place < size(); ++place) parts.push_back(rows[ring().rank_at(place)]);
+  return parts;
 }
 
-template <class Transfer>
-void MpiCommunicator::for_each_piece(int64_t numel, int ranks, Transfer transfer) const {
-  const int64_t limit = std::max<int64_t>(1, max_elements_ / ranks);
-  for (int64_t offset = 0; offset < numel; offset += limit) {
-    transfer(offset, static_cast<int>(std::min(limit, numel - offset)));
-  }
-}
-
-// MPI requires MPI_Allreduce to give all ranks identical results, so it may be used as it is.
-void MpiCommunicator::do_all_reduce(const at::Tensor& tensor, ReduceOp op) {
-  const at::ScalarType type = tensor.scalar_type();
-  for_each_piece(tensor.numel(), 1, [&](int64_t offset, int count) {
-    comm_.check(
-        MPI_Allreduce(MPI_IN_PLACE, address(tensor, offset), count, mpi_type(type), mpi_op(type, op), comm_.get()),
-        "MPI_Allreduce");
+void MpiCommunicator::exchange(const at::Tensor& out, const at::Tensor& in) {
+  std::vector<MPI_Request> requests;
+  for_each_piece(in, max_message_bytes_, [&](void* data, int bytes) {
+    comm_.check(MPI_Irecv(data, bytes, MPI_BYTE, ring().previous(), kTag, comm_.get(), &requests.emplace_back()),
+                "MPI_Irecv");
   });
+  for_each_piece(out, max_message_bytes_, [&](void* data, int bytes) {
+    comm_.check(MPI_Isend(data, bytes, MPI_BYTE, ring().next(), kTag, comm_.get(), &requests.emplace_back()),
+                "MPI_Isend");
+  });
+  for (MPI_Request& request : requests) comm_.check(MPI_Wait(&request, MPI_STATUS_IGNORE), "MPI_Wait");
+}
+
+void MpiCommunicator::reduce(const RingParts& parts, ReduceOp op) {
+  const at::Tensor room = at::empty_like(parts[0]);  // no part is longer than the first
+  for (int step = 1; step < size(); ++step) {
+    const at::Tensor& mine = before(parts, step + 1);
+    const at::Tensor received = room.narrow(0, 0, mine.numel());
+    exchange(before(parts, step), received);
+    combine(mine, received, op);
+  }
+}
+
+void MpiCommunicator::collect(const RingParts& parts) {
+  for (int step = 0; step + 1 < size(); ++step) exchange(before(parts, step), before(parts, step + 1));
+}
+
+void MpiCommunicator::do_all_reduce(const at::Tensor& tensor, ReduceOp op) {
+  std::vector<int64_t> lengths;
+  for (int place = 0; place < size(); ++place) lengths.push_back(ring_part(tensor.numel(), place, size()));
+  const RingParts parts = tensor.view({-1}).split_with_sizes(lengths);
+  reduce(parts, op);
+  collect(parts);
 }
 
 void MpiCommunicator::do_all_gather(const at::Tensor& output, const at::Tensor& input) {
-  const MPI_Datatype type = mpi_type(input.scalar_type());
-  const at::Tensor blocks = output.view({size(), input.numel()});
-  for_each_piece(input.numel(), size(), [&](int64_t offset, int count) {
-    const at::Tensor target = blocks.narrow(1, offset, count);
-    const at::Tensor piece = target.is_contiguous() ? target : at::empty(target.sizes(), target.options());
-    comm_.check(MPI_Allgather(address(input, offset), count, type, piece.data_ptr(), count, type, comm_.get()),
-                "MPI_Allgather");
-    if (!piece.is_same(target)) target.copy_(piece);
-  });
+  const RingParts parts = blocks(output);
+  before(parts, 0).copy_(input.view({-1}));
+  collect(parts);
 }
 
 void MpiCommunicator::do_reduce_scatter(const at::Tensor& output, const at::Tensor& input, ReduceOp op) {
-  const at::ScalarType type = input.scalar_type();
-  const at::Tensor blocks = input.view({size(), output.numel()});
-  for_each_piece(output.numel(), size(), [&](int64_t offset, int count) {
-    const at::Tensor piece = blocks.narrow(1, offset, count).contiguous();
-    comm_.check(MPI_Reduce_scatter_block(piece.data_ptr(), address(output, offset), count, mpi_type(type),
-                                         mpi_op(type, op), comm_.get()),
-                "MPI_Reduce_scatter_block");
-  });
+  const RingParts parts = blocks(input.clone());
+  reduce(parts, op);
+  output.view({-1}).copy_(before(parts, 0));
 }
 
 void MpiCommunicator::do_broadcast(const at::Tensor& tensor, int root) {
-  for_each_piece(tensor.numel(), 1, [&](int64_t offset, int count) {
-    comm_.check(MPI_Bcast(address(tensor, offset), count, mpi_type(tensor.scalar_type()), root, comm_.get()),
-                "MPI_Bcast");
+  const bool receives = rank() != root, sends = ring().next() != root;
+  for_each_piece(tensor, std::min(kBroadcastPiece, max_message_bytes_), [&](void* data, int bytes) {
+    if (receives) {
+      comm_.check(MPI_Recv(data, bytes, MPI_BYTE, ring().previous(), kTag, comm_.get(), MPI_STATUS_IGNORE), "MPI_Recv");
+    }
+    if (sends) comm_.check(MPI_Send(data, bytes, MPI_BYTE, ring().next(), kTag, comm_.get()), "MPI_Send");
   });
 }
 
 }  // namespace
 
-std::unique_ptr<Communicator> make_mpi_communicator(const World& world, Ledger& ledger, int64_t max_elements) {
-  return std::make_unique<MpiCommunicator>(MpiComm::duplicate(world.comm(), "world"), ledger, max_elements);
+std::unique_ptr<Communicator> make_mpi_communicator(const World& world, Ledger& ledger, const MpiOptions& options) {
+  return std::make_unique<MpiCommunicator>(MpiComm::duplicate(world.comm(), "world"),
+                                           options.host.value_or(world.host()), options.max_message_bytes, ledger);
 }
 
 }  // namespace corank

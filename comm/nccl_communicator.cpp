@@ -104,9 +104,10 @@ ncclRedOp_t nccl_op(ReduceOp op) {
 
 class NcclCommunicator final : public Communicator {
  public:
-  NcclCommunicator(MpiComm group, at::Device cuda_device, Ledger& ledger)
-      : Communicator(group.rank(), group.size(), group.axis(), cuda_device, ledger),
+  NcclCommunicator(MpiComm group, int host, at::Device cuda_device, Ledger& ledger)
+      : Communicator(group.ring(host), group.axis(), cuda_device, ledger),
         group_(std::move(group)),
+        host_(host),
         comm_(connect(group_, cuda_device.index())) {}
 
  protected:
@@ -118,7 +119,7 @@ class NcclCommunicator final : public Communicator {
   std::pair<int64_t, int64_t> do_min_max(int64_t value) override { return group_.min_max(value); }
   void do_synchronize() override { check_cuda(group_, cudaStreamSynchronize(stream()), "cudaStreamSynchronize"); }
   std::unique_ptr<Communicator> do_split(int color, const std::string& axis) override {
-    return std::make_unique<NcclCommunicator>(group_.split(color, axis), device(), ledger());
+    return std::make_unique<NcclCommunicator>(group_.split(color, axis), host_, device(), ledger());
   }
 
  private:
@@ -128,6 +129,7 @@ class NcclCommunicator final : public Communicator {
   void check(ncclResult_t code, const char* operation) { check_nccl(group_, comm_.get(), code, operation); }
 
   MpiComm group_;
+  int host_;
   NcclComm comm_;  // after group_: it ends first
 };
 
@@ -199,7 +201,7 @@ std::unique_ptr<Communicator> make_nccl_communicator(const World& world, Ledger&
   require_own_devices(gather_places(group, world.local_rank()));
   const auto index = static_cast<at::DeviceIndex>(world.local_rank());
   c10::cuda::set_device(index);
-  return std::make_unique<NcclCommunicator>(std::move(group), at::Device(at::kCUDA, index), ledger);
+  return std::make_unique<NcclCommunicator>(std::move(group), world.host(), at::Device(at::kCUDA, index), ledger);
 }
 
 }  // namespace corank

@@ -1,3 +1,5 @@
+#include <vector>
+
 #include "comm/backends.h"
 #include "configs/error.h"
 
@@ -8,7 +10,7 @@ namespace {
 class SoloCommunicator final : public Communicator {
  public:
   SoloCommunicator(int size, const std::string& axis, at::Device device, Ledger& ledger)
-      : Communicator(0, size, axis, device, ledger) {}
+      : Communicator(Ring(std::vector<int>(static_cast<size_t>(size)), 0), axis, device, ledger) {}
 
  protected:
   void do_all_reduce(const at::Tensor&, ReduceOp) override { unreachable(); }

@@ -44,6 +44,8 @@ World::World(int* argc, char*** argv) {
   check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &host), "MPI_Comm_split_type");
   check(MPI_Comm_rank(host, &local_rank_), "MPI_Comm_rank");
   check(MPI_Comm_size(host, &local_size_), "MPI_Comm_size");
+  host_ = rank_;
+  check(MPI_Bcast(&host_, 1, MPI_INT, 0, host), "MPI_Bcast");
   check(MPI_Comm_free(&host), "MPI_Comm_free");
 }
 

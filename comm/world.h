@@ -19,6 +19,8 @@ class World {
   /// Place among, and number of, the ranks on this host.
   int local_rank() const { return local_rank_; }
   int local_size() const { return local_size_; }
+  /// The first rank on this host: a number that its ranks share.
+  int host() const { return host_; }
   MPI_Comm comm() const { return MPI_COMM_WORLD; }
 
   /// Collective. Ends MPI after a successful run.
@@ -27,7 +29,7 @@ class World {
   [[noreturn]] static void abort(int code);
 
  private:
-  int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1;
+  int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1, host_ = 0;
 };
 
 /// True if mpirun (or srun with PMIx) started this process.

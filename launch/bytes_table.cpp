@@ -21,14 +21,42 @@ int64_t at_or_zero(const std::map<Purpose, int64_t>& bytes, Purpose purpose) {
   return found == bytes.end() ? 0 : found->second;
 }
 
-/// Counted on this rank, the mean of this start's steps; empty without one.
-std::map<Purpose, int64_t> bytes_a_step(const EndRecord& end) {
-  std::map<Purpose, int64_t> bytes;
-  if (end.step == end.first_step) return bytes;
+/// Counted, the mean of this start's steps; empty without one.
+StepBytes bytes_a_step(const EndRecord& end) {
+  StepBytes bytes;
+  const int64_t steps = end.step - end.first_step;
+  if (steps == 0) return bytes;
   for (const Purpose purpose : kStepPurposes) {
-    bytes[purpose] = end.bytes[static_cast<size_t>(purpose)].payload_bytes / (end.step - end.first_step);
+    const auto i = static_cast<size_t>(purpose);
+    bytes.payload[purpose] = end.bytes[i].payload_bytes / steps;
+    for (const Link link : kLinks) bytes.sent[static_cast<size_t>(link)] += end.all_ranks[i].over(link).sent;
   }
+  for (int64_t& sent : bytes.sent) sent /= steps;
   return bytes;
+}
+
+/// What full fine-tuning would hand over and send in the place of `counted`: all that does not depend on the method was
+/// counted, its gradients are predicted.
+StepBytes as_full(Session& session, const EndRecord& end, StepBytes counted) {
+  AdapterConfig method;
+  method.method = "full";
+  std::vector<StepCollective> gradients = predicted_step(session, method, {});
+  std::erase_if(gradients, [](const StepCollective& one) { return one.purpose != Purpose::weight_gradients; });
+  const auto ours = end.all_ranks[static_cast<size_t>(session.method().gradient_purpose())];
+  const auto theirs = traffic_of_all_ranks(session.mesh(), gradients)[static_cast<size_t>(Purpose::weight_gradients)];
+  counted.payload.erase(Purpose::adapter_gradients);
+  counted.payload[Purpose::weight_gradients] = at_or_zero(payload_by_purpose(gradients), Purpose::weight_gradients);
+  for (const Link link : kLinks) {
+    const int64_t counted_gradients = ours.over(link).sent / (end.step - end.first_step);
+    counted.sent[static_cast<size_t>(link)] += theirs.over(link).sent - counted_gradients;
+  }
+  return counted;
+}
+
+/// "12.3 times less" where it is.
+std::string times_less(int64_t ours, int64_t theirs) {
+  if (ours == 0 || theirs <= ours) return "";
+  return fmt::format("   {:.1f} times less", static_cast<double>(theirs) / static_cast<double>(ours));
 }
 
 /// As a shell takes it for one word.
@@ -44,40 +72,52 @@ std::string quoted(const std::string& path) {
 
 }  // namespace
 
-std::map<Purpose, int64_t> predicted_bytes(Session& session, const AdapterConfig& adapter,
+std::vector<StepCollective> predicted_step(Session& session, const AdapterConfig& adapter,
                                            const std::vector<BatchSize>& micro_batches) {
   const Mesh& mesh = session.mesh();
   const RunConfig& run = session.run();
   const int64_t element = run.model.dtype == at::kFloat ? 4 : 2;
   const std::string sum = make_method(adapter)->trains_base() ? run.parallel.gradient_dtype : run.gradient_sum();
-  return predict_step_bytes(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
-                            static_cast<int>(element), run.model.checkpointing, micro_batches, 1, gradient_sum(sum));
+  return predict_step(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
+                      static_cast<int>(element), run.model.checkpointing, micro_batches, 1, gradient_sum(sum));
 }
 
-std::string bytes_table(const std::map<Purpose, int64_t>& run, const std::map<Purpose, int64_t>& full) {
+Ledger::Snapshot traffic_of_all_ranks(const Mesh& mesh, const std::vector<StepCollective>& collectives) {
+  const std::vector<int>& hosts = mesh.world().ring().hosts();
+  Ledger all;
+  for (int rank = 0; rank < mesh.world().size(); ++rank) {
+    const auto ring = [&](Axis axis) { return ring_of(axis, hosts, mesh.tp().size(), rank); };
+    const Ledger::Snapshot one = traffic_by_purpose(collectives, ring);
+    for (int p = 0; p < kNumPurposes; ++p) all.record(static_cast<Purpose>(p), one[p]);
+  }
+  return all.snapshot();
+}
+
+std::string bytes_table(const StepBytes& run, const StepBytes& full) {
+  const auto line = [](std::string_view what, int64_t ours, int64_t theirs) {
+    return fmt::format("  {:<20} {:>16} {:>18}", what, grouped(ours), grouped(theirs));
+  };
   std::string text = fmt::format("  {:<20} {:>16} {:>18}\n", "bytes a step, rank 0", "this run", "full fine-tuning");
   for (const Purpose purpose : kStepPurposes) {
-    const int64_t ours = at_or_zero(run, purpose), theirs = at_or_zero(full, purpose);
-    if (ours || theirs) text += fmt::format("  {:<20} {:>16} {:>18}\n", name(purpose), grouped(ours), grouped(theirs));
+    const int64_t ours = at_or_zero(run.payload, purpose), theirs = at_or_zero(full.payload, purpose);
+    if (ours || theirs) text += line(name(purpose), ours, theirs) + "\n";
   }
-  text += fmt::format("  {:<20} {:>16} {:>18}", "total", grouped(total(run)), grouped(total(full)));
-  if (total(run) > 0 && total(full) > total(run))
-    text += fmt::format("   {:.1f} times less", static_cast<double>(total(full)) / static_cast<double>(total(run)));
+  const int64_t ours = total(run.payload), theirs = total(full.payload);
+  text += line("total", ours, theirs) + times_less(ours, theirs) + "\n  sent by all ranks";
+  for (const Link link : kLinks) {
+    const auto i = static_cast<size_t>(link);
+    if (!run.sent[i] && !full.sent[i]) continue;
+    text += "\n" + line(name(link), run.sent[i], full.sent[i]) + times_less(run.sent[i], full.sent[i]);
+  }
   return text;
 }
 
 std::string closing_text(Session& session, const EndRecord& end) {
   const RunConfig& run = session.run();
-  const std::map<Purpose, int64_t> counted = bytes_a_step(end);
+  const StepBytes counted = bytes_a_step(end);
   std::string text = fmt::format("{}: {}\n", session.method().trains_base() ? "model" : "adapter", end.result);
-  if (session.mesh().world().size() > 1 && !counted.empty()) {
-    // What does not depend on the method was counted; the gradients of full fine-tuning are predicted.
-    std::map<Purpose, int64_t> full = counted;
-    AdapterConfig method;
-    method.method = "full";
-    full.erase(Purpose::adapter_gradients);
-    full[Purpose::weight_gradients] = at_or_zero(predicted_bytes(session, method, {}), Purpose::weight_gradients);
-    text += bytes_table(counted, full) + "\n";
+  if (session.mesh().world().size() > 1 && !counted.payload.empty()) {
+    text += bytes_table(counted, as_full(session, end, counted)) + "\n";
   }
   const std::string resolved = quoted(run.output_dir + "/run.yaml"), result = quoted(end.result);
   const char* shape = run.model.path.empty() ? "model.shape=null " : "";

@@ -84,7 +84,7 @@ void Console::introduce(const StartRecord& r) {
 StartRecord start_record(Session& session, const World& world, int threads) {
   const RunConfig& run = session.run();
   const Mesh& mesh = session.mesh();
-  const auto bytes = predicted_bytes(session, run.adapter, {});
+  const auto bytes = payload_by_purpose(predicted_step(session, run.adapter, {}));
   const auto gradients = bytes.find(session.method().gradient_purpose());
   StartRecord r;
   r.trainable_parameters = session.store().num_parameters();

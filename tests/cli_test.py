@@ -619,8 +619,11 @@ class Runs(Case):
                          ["adapter", "checkpoint-2", "checkpoint-3", "metrics.jsonl", "run.yaml"])
         record = json.loads((self.out / "metrics.jsonl").read_text().splitlines()[0])
         for key in ("step", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_per_second", "step_seconds",
-                    "peak_memory_bytes", "bytes"):
+                    "peak_memory_bytes", "bytes", "links"):
             self.assertIn(key, record)
+        self.assertEqual(record["links"]["inside-host"]["adapter-gradients"], {"payload": 74752, "sent": 74752})
+        self.assertEqual(record["links"]["between-hosts"], {})
+        self.assertRegex(text, r"\n  sent by all ranks\n  inside-host +149,552 +1,002,032   6\.7 times less\n")
         self.assertEqual(record["step"], 1)
 
     def test_resolved_run_is_the_same_run(self):
@@ -961,6 +964,10 @@ class Runs(Case):
             for part in ("adapter", "full"):
                 for purpose, line in report[part].items():
                     self.assertEqual(line["predicted"], line["counted"], f"{part} {purpose} ranks {ranks} tensor {tensor}")
+                    inside, between = line["sent"]["inside-host"], line["sent"]["between-hosts"]
+                    self.assertEqual(inside["predicted"], inside["counted"], f"{part} {purpose} ranks {ranks} tensor {tensor}")
+                    self.assertGreater(inside["counted"], 0)
+                    self.assertEqual(between, {"predicted": 0, "counted": 0})
             self.assertIn("adapter-gradients", report["adapter"])
             if ranks > tensor:  # sharded weights of one data-parallel rank have nothing to sum
                 self.assertIn("weight-gradients", report["full"])

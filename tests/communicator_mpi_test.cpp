@@ -157,7 +157,7 @@ enum class Fault {
 class FaultyCommunicator final : public Communicator {
  public:
   FaultyCommunicator(Communicator& inner, Ledger& ledger, Fault fault)
-      : Communicator(inner.rank(), inner.size(), "faulty", inner.device(), ledger), inner_(inner), fault_(fault) {}
+      : Communicator(inner.ring(), "faulty", inner.device(), ledger), inner_(inner), fault_(fault) {}
 
  protected:
   void do_all_reduce(const at::Tensor& tensor, ReduceOp op) override {
@@ -240,10 +240,20 @@ class CommunicatorTest : public ::testing::TestWithParam<std::string> {
     result.seconds = 0;
     return result;
   }
-  /// What `calls` collectives of `payload` bytes each must count.
-  Traffic expected_traffic(Collective collective, int64_t payload) const {
-    if (comm_->size() == 1) return {};
-    return {1, payload, ring_bytes(collective, payload, comm_->size()), 0};
+  /// What a collective over ranks of one host, which these are, must count for one call with `tensor`.
+  Traffic expected_traffic(Collective collective, const at::Tensor& tensor) const {
+    const int64_t n = comm_->size(), payload = static_cast<int64_t>(tensor.nbytes());
+    if (n == 1) return {};
+    switch (collective) {
+      case Collective::all_reduce:
+        return {1, payload, 2 * (n - 1) * payload / n, 0};
+      case Collective::all_gather:
+        return {1, payload, (n - 1) * payload, 0};
+      case Collective::reduce_scatter:
+        return {1, payload, (n - 1) * payload / n, 0};
+      default:  // broadcast by rank 0: the ring ends at rank 1
+        return {1, payload, comm_->rank() == 1 ? 0 : payload, 0};
+    }
   }
 
   Ledger ledger_;
@@ -561,17 +571,15 @@ TEST_P(CommunicatorTest, CrossCheckReachesGroupsAndCountsNothing) {
 TEST_P(CommunicatorTest, CountsBytesExactly) {
   const int64_t n = comm_->size();
   for (const at::ScalarType type : kTypes) {
-    const auto width = static_cast<int64_t>(c10::elementSize(type));
     const at::Tensor tensor = ones({12 * n, 5}, type);
-    const int64_t payload = 12 * n * 5 * width;
     EXPECT_EQ(traffic_of([&] { comm_->all_reduce(tensor, ReduceOp::max, kPurpose); }),
-              expected_traffic(Collective::all_reduce, payload));
+              expected_traffic(Collective::all_reduce, tensor));
     EXPECT_EQ(traffic_of([&] { comm_->all_gather(tensor, kPurpose); }),
-              expected_traffic(Collective::all_gather, payload));
+              expected_traffic(Collective::all_gather, tensor));
     EXPECT_EQ(traffic_of([&] { comm_->reduce_scatter(tensor, ReduceOp::max, kPurpose); }),
-              expected_traffic(Collective::reduce_scatter, payload));
+              expected_traffic(Collective::reduce_scatter, tensor));
     EXPECT_EQ(traffic_of([&] { comm_->broadcast(tensor, 0, kPurpose); }),
-              expected_traffic(Collective::broadcast, payload));
+              expected_traffic(Collective::broadcast, tensor));
   }
   EXPECT_EQ(ledger_.at(Purpose::startup), Traffic{});
 }
@@ -666,6 +674,12 @@ TEST_P(CommunicatorTest, MeshHasNeighboursInTensorGroups) {
     EXPECT_EQ(mesh.tp().axis(), "tp");
     EXPECT_EQ(mesh.dp().axis(), "dp");
     EXPECT_EQ(mesh.device(), comm_->device());
+    for (const Axis axis : {Axis::world, Axis::dp, Axis::tp}) {
+      const Ring& ring = mesh.group(axis).ring();
+      EXPECT_EQ(ring, ring_of(axis, comm_->ring().hosts(), tensor, comm_->rank()));
+      EXPECT_EQ(ring.rank(), mesh.group(axis).rank());
+      EXPECT_EQ(ring.size(), mesh.group(axis).size());
+    }
     EXPECT_TRUE(is_exact(mesh.tp()));
     EXPECT_TRUE(is_exact(mesh.dp()));
     EXPECT_TRUE(is_exact(mesh.world()));
@@ -704,7 +718,7 @@ TEST_P(CommunicatorTest, GradientSumIsOverTheRightRanks) {
       for (int rank = mesh.tp().rank(); rank < comm_->size(); rank += tensor) dp_sum += 1 << rank;
       EXPECT_TRUE(everywhere.eq((1 << comm_->size()) - 1).all().item<bool>()) << everywhere;
       EXPECT_TRUE(data.eq(dp_sum).all().item<bool>()) << data;
-      const auto& bytes = gradient_sum(name).payload_bytes;
+      const auto bytes = [&](int64_t elements) { return gradient_sum(name).transfer(elements).payload_bytes(); };
       EXPECT_EQ(ledger_.at(Purpose::adapter_gradients).payload_bytes - before,
                 (comm_->size() > 1 ? bytes(5) : 0) + (mesh.dp().size() > 1 ? bytes(7) : 0));
       sum->end_step(true);
@@ -851,7 +865,7 @@ TEST(Backends, UnknownNameIsRefusedWithTheListOfThisBuild) {
 TEST(MpiBackend, CutsLongTensorsIntoPieces) {
   Ledger ledger;
   for (const int64_t limit : {1, 3, 7, 16}) {
-    const auto comm = make_mpi_communicator(test_world(), ledger, limit);
+    const auto comm = make_mpi_communicator(test_world(), ledger, {.max_message_bytes = limit});
     for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kLong}) {
       EXPECT_TRUE(all_reduce_is_exact(*comm, {11, 3}, type, ReduceOp::sum)) << limit;
       EXPECT_TRUE(all_gather_is_exact(*comm, {11, 3}, type)) << limit;
@@ -859,6 +873,27 @@ TEST(MpiBackend, CutsLongTensorsIntoPieces) {
       EXPECT_TRUE(broadcast_is_exact(*comm, {11, 3}, type, comm->size() - 1)) << limit;
     }
     EXPECT_TRUE(is_exact(*comm->split(comm->rank() % 2, "half")));
+  }
+}
+
+TEST(MpiBackend, RingsGoHostByHost) {
+  const int rank = test_world().rank(), size = test_world().size();
+  const std::vector<std::function<int(int)>> hosts_of = {[](int) { return 0; }, [](int r) { return r / 2; },
+                                                         [](int r) { return r % 2; }, [](int r) { return r; }};
+  for (const auto& host_of : hosts_of) {
+    std::vector<int> hosts;
+    for (int r = 0; r < size; ++r) hosts.push_back(host_of(r));
+    Ledger ledger;
+    const auto comm = make_mpi_communicator(test_world(), ledger, {.host = host_of(rank)});
+    EXPECT_EQ(comm->ring(), Ring(hosts, rank));
+    EXPECT_TRUE(is_exact(*comm));
+    const auto half = comm->split(rank % 2, "half");
+    EXPECT_EQ(half->ring(), ring_of(Axis::dp, hosts, 2, rank));
+    EXPECT_TRUE(is_exact(*half));
+    // The sum of a random tensor is the same bits everywhere, however the ring goes.
+    const at::Tensor tensor = random_values(rank, 1003, at::kFloat, 4);
+    comm->all_reduce(tensor, ReduceOp::sum, kPurpose);
+    EXPECT_TRUE(same_bits_everywhere(*comm, tensor));
   }
 }
 

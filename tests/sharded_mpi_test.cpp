@@ -126,25 +126,60 @@ TEST(ShardedBase, APartOfAnotherWeightIsSeen) {
   EXPECT_TRUE(at::equal(gathered[0], w[0])) << "rank 0's part is whole";
 }
 
-TEST(TwoSlots, HoldsWhatWasAskedLastAndOneMore) {
-  TwoSlots slots;
-  EXPECT_FALSE(slots.ask(0));
-  EXPECT_FALSE(slots.expect(1));
-  EXPECT_FALSE(slots.ask(1));
-  EXPECT_EQ(slots.expect(2), 0) << "what was asked for last stays";
-  EXPECT_TRUE(slots.has(1) && slots.has(2));
-  EXPECT_EQ(slots.ask(7), 2);
-  EXPECT_TRUE(slots.has(1) && slots.has(7));
+TEST(Slots, HoldWhatWasAskedLastAndWhatComes) {
+  using Orders = std::vector<int64_t>;
+  Slots slots;
+  EXPECT_EQ(slots.ask(0, {1, 2, 3}), Orders());
+  EXPECT_EQ(slots.ask(1, {2, 3, 4}), Orders{0});
+  EXPECT_TRUE(slots.has(1) && slots.has(4) && !slots.has(0));
+  EXPECT_EQ(slots.ask(9), Orders{4}) << "the others were asked for, or expected, before it";
+  EXPECT_TRUE(slots.has(9) && slots.has(1) && slots.has(2) && slots.has(3));
+}
+
+/// How many of a walk's weights are fetched.
+int64_t fetches(const std::vector<int64_t>& orders, bool ahead) {
+  Walk walk;
+  int64_t count = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    Slots slots;
+    walk.begin();
+    count = 0;
+    for (const int64_t order : orders) {
+      walk.visit(order);
+      std::vector<int64_t> wanted = ahead ? walk.next(Slots::kSlots - 1) : std::vector<int64_t>();
+      const Slots before = slots;
+      slots.ask(order, wanted);
+      wanted.push_back(order);
+      count += std::count_if(wanted.begin(), wanted.end(), [&](int64_t one) { return !before.has(one); });
+    }
+  }
+  return count;
+}
+
+TEST(Slots, FetchingAheadFetchesNoMore) {
+  std::vector<int64_t> plain, layers_again, halves_again;
+  for (int64_t order = 0; order < 12; ++order) plain.push_back(order);
+  layers_again = halves_again = plain;
+  for (int64_t order = 12; order > 1; --order) plain.push_back(order - 1);
+  for (int64_t layer = 8; layer >= 0; layer -= 4) {
+    for (const int64_t i : {0, 1, 2, 3, 3, 2, 1, 0}) layers_again.push_back(layer + i);
+    for (const int64_t i : {2, 3, 3, 2, 1, 0}) halves_again.push_back(layer + i);
+  }
+  for (const auto& orders : {plain, layers_again, halves_again}) {
+    EXPECT_EQ(fetches(orders, true), fetches(orders, false));
+  }
+  EXPECT_EQ(fetches(plain, true), 12 + 11 - 4) << "the turn at the last layer costs nothing";
 }
 
 TEST(Walk, ForetellsWhatItHasSeen) {
   Walk walk;
-  const auto go = [&](std::vector<int64_t> orders) {
+  const auto go = [&](const std::vector<int64_t>& orders) {
     std::vector<int64_t> foretold;
     walk.begin();
     for (const int64_t order : orders) {
       walk.visit(order);
-      foretold.push_back(walk.next().value_or(-1));
+      const auto next = walk.next(1);
+      foretold.push_back(next.empty() ? -1 : next[0]);
     }
     return foretold;
   };
@@ -154,6 +189,10 @@ TEST(Walk, ForetellsWhatItHasSeen) {
   EXPECT_EQ(go({0, 1, 2}), (Orders{1, 2, 1})) << "forward alone, as in an evaluation";
   EXPECT_EQ(go({0, 1, 2, 1, 0}), (Orders{1, 2, 1, 0, -1})) << "which is not forgotten for it";
   EXPECT_EQ(go({0, 2, 1}), (Orders{1, -1, -1})) << "another walk foretells nothing";
+  EXPECT_EQ(go({0}), (Orders{1}));
+  walk.begin();
+  walk.visit(0);
+  EXPECT_EQ(walk.next(3), (Orders{1, 2})) << "each once";
 }
 
 }  // namespace

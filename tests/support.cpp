@@ -8,6 +8,8 @@
 
 #ifdef CORANK_GPU_TEST
 #include <c10/cuda/CUDAFunctions.h>
+#else
+#include "comm/mpi_communicator.h"
 #endif
 
 namespace corank::test {
@@ -15,15 +17,19 @@ namespace corank::test {
 namespace {
 
 #ifdef CORANK_GPU_TEST
-constexpr const char* kBackend = "nccl";
 at::Device own_device() { return {at::kCUDA, c10::cuda::current_device()}; }
+std::unique_ptr<Communicator> all_ranks(const World& world, Ledger& ledger) {
+  return make_communicator("nccl", world, ledger);
+}
 #else
-constexpr const char* kBackend = "mpi";
 at::Device own_device() { return at::kCPU; }
+std::unique_ptr<Communicator> all_ranks(const World& world, Ledger& ledger) {
+  return make_mpi_communicator(world, ledger, {.host = world.rank() % 2});
+}
 #endif
 
 std::unique_ptr<Communicator> checked_ranks(const World* world, Ledger& ledger, int parts) {
-  auto ranks = world ? make_communicator(kBackend, *world, ledger) : make_solo_communicator(own_device(), ledger);
+  auto ranks = world ? all_ranks(*world, ledger) : make_solo_communicator(own_device(), ledger);
   ranks->set_cross_check(true);
   if (parts > 1) ranks = ranks->split(ranks->rank() * parts / ranks->size(), "world");
   return ranks;
@@ -109,19 +115,25 @@ Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot&
   return result;
 }
 
-PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
-                               const StepBatches& batches, int64_t step) {
+Ledger::Snapshot predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
+                                 const StepBatches& batches, int64_t step, bool asked) {
   std::vector<BatchSize> sizes;
   for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-  return predict_step_bytes(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(), run.mesh.dp().size(),
-                            static_cast<int>(at::elementSize(model.dtype)), model.checkpointing, sizes, step,
-                            gradient_sum(run.how_to_sum));
+  const auto collectives =
+      predict_step(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(), run.mesh.dp().size(),
+                   static_cast<int>(at::elementSize(model.dtype)), model.checkpointing, sizes, step,
+                   gradient_sum(run.how_to_sum));
+  return traffic_by_purpose(collectives, [&](Axis axis) { return run.mesh.group(axis).ring(); });
 }
 
-void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, const std::string& what) {
+void expect_bytes(const Ledger::Snapshot& counted, const Ledger::Snapshot& predicted, const std::string& what) {
   for (int p = 0; p < kNumPurposes; ++p) {
-    const auto purpose = static_cast<Purpose>(p);
-    EXPECT_EQ(counted[p].payload_bytes, predicted[purpose]) << name(purpose) << ' ' << what;
+    SCOPED_TRACE(std::string(name(static_cast<Purpose>(p))) + ' ' + what);
+    EXPECT_EQ(counted[p].calls, predicted[p].calls);
+    for (const Link link : kLinks) {
+      EXPECT_EQ(counted[p].over(link).payload, predicted[p].over(link).payload) << name(link);
+      EXPECT_EQ(counted[p].over(link).sent, predicted[p].over(link).sent) << name(link);
+    }
   }
 }
 

@@ -33,7 +33,8 @@ struct SharedMesh {
 
 /// Collective over `world` (null: this process alone). Made for the first that asks, then shared until the program
 /// ends: NCCL takes a second and more for every group. The backend is this build's, MPI or, in the tests of GPUs, NCCL;
-/// cross-check is on. `parts`: the ranks are as many meshes of equal size, of which this rank is in one.
+/// cross-check is on. MPI ranks count as those of two hosts by turns, so that groups of each kind span hosts. `parts`:
+/// the ranks are as many meshes of equal size, of which this rank is in one.
 SharedMesh& shared_mesh(const World* world, int tensor, int parts = 1);
 
 /// Of all groups of `mesh`; alike on all ranks.
@@ -66,12 +67,11 @@ double accumulate(TrainingRun& run, const StepBatches& batches);
 
 Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot& before);
 
-using PredictedBytes = std::map<Purpose, int64_t>;
-
-/// Bytes of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`.
-PredictedBytes predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
-                               const StepBatches& batches, int64_t step);
-void expect_bytes(const Ledger::Snapshot& counted, PredictedBytes predicted, const std::string& what);
+/// Traffic of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`, as predicted.
+Ledger::Snapshot predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
+                                 const StepBatches& batches, int64_t step);
+/// By purpose and link, to the byte.
+void expect_bytes(const Ledger::Snapshot& counted, const Ledger::Snapshot& predicted, const std::string& what);
 
 /// Collective over the world. Parameters that are not the same bits on all ranks that hold them.
 std::vector<std::string> unequal_replicas(const Mesh& mesh, const ParameterStore& store);

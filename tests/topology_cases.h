@@ -128,9 +128,9 @@ std::vector<StepRecord> alone(const Setting& setting, const TokenFile& data) {
 }
 
 /// The bytes of every step of this rank.
-std::vector<PredictedBytes> predicted_bytes(const Setting& setting, const TrainingRun& run, const TokenFile& data) {
+std::vector<Ledger::Snapshot> predicted_bytes(const Setting& setting, const TrainingRun& run, const TokenFile& data) {
   Loader batches(data, loader(setting, run.mesh));
-  std::vector<PredictedBytes> steps;
+  std::vector<Ledger::Snapshot> steps;
   for (int64_t step = 1; step <= kSteps; ++step) {
     steps.push_back(predicted_bytes(run, tiny(setting), adapter(setting), batches.next(), step));
   }
@@ -144,10 +144,10 @@ Ledger::Snapshot of_steps(Ledger::Snapshot counted) {
   return counted;
 }
 
-PredictedBytes sum(const std::vector<PredictedBytes>& steps) {
-  PredictedBytes all;
-  for (const PredictedBytes& step : steps) {
-    for (const auto& [purpose, bytes] : step) all[purpose] += bytes;
+Ledger::Snapshot sum(const std::vector<Ledger::Snapshot>& steps) {
+  Ledger::Snapshot all;
+  for (const Ledger::Snapshot& step : steps) {
+    for (int p = 0; p < kNumPurposes; ++p) all[p] += step[p];
   }
   return all;
 }

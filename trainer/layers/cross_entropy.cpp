@@ -30,9 +30,8 @@ at::Tensor rows_VD(const VocabularyHead& head) {
   return head.weight_VD.value.narrow(0, 0, std::clamp<int64_t>(head.vocab_size - head.offset, 0, local));
 }
 
-int64_t rows_at_once(const VocabularyHead& head, int64_t wanted) {
-  const int64_t width = std::max<int64_t>(1, head.weight_VD.value.size(0));
-  return wanted > 0 ? wanted : std::max<int64_t>(16, kChunkElements / width);
+int64_t chunk_of(const VocabularyHead& head, int64_t wanted) {
+  return wanted > 0 ? wanted : rows_at_once(head.weight_VD.value.size(0));
 }
 
 at::ScalarType logits_dtype(const at::Tensor& h) { return h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -133,12 +132,14 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
 }  // namespace
 
+int64_t rows_at_once(int64_t width) { return std::max<int64_t>(16, kChunkElements / std::max<int64_t>(1, width)); }
+
 at::Tensor cross_entropy(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const at::Tensor& targets_M,
                          const VocabularyHead& head, Communicator& tp, int64_t chunk_rows) {
   auto call = c10::make_intrusive<CrossEntropyCall>();
   call->head = head;
   call->tp = &tp;
-  call->chunk_rows = rows_at_once(head, chunk_rows);
+  call->chunk_rows = chunk_of(head, chunk_rows);
   call->h_needs_grad = h_ND.requires_grad() && at::GradMode::is_enabled();
   return CrossEntropy::apply(h_ND, ops::if_defined(head.weight_VD.leaf), target_rows_M, targets_M, std::move(call));
 }
@@ -149,7 +150,7 @@ at::Tensor score(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const 
   const at::Tensor h_MD = h_ND.index_select(0, target_rows_M), w_VD = rows_VD(head);
   const at::Tensor local_targets = targets_M - head.offset;
   const at::Tensor sums = at::zeros({2}, h_ND.options().dtype(at::kDouble));
-  const int64_t step = rows_at_once(head, chunk_rows);
+  const int64_t step = chunk_of(head, chunk_rows);
   for (int64_t start = 0; start < h_MD.size(0); start += step) {
     const int64_t rows = std::min(step, h_MD.size(0) - start);
     const at::Tensor logits = ops::matmul_to(h_MD.narrow(0, start, rows), w_VD.t(), logits_dtype(h_ND));

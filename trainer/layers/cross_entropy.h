@@ -28,6 +28,10 @@ at::Tensor score(const at::Tensor& h_ND, const at::Tensor& target_rows_M, const 
 /// Collective over tp. The logits of rows h_MD as every rank needs them for generation: [M, vocab_size], float32.
 at::Tensor full_logits(const at::Tensor& h_MD, const VocabularyHead& head, Communicator& tp);
 
+/// Rows of logits that cross_entropy and score hold at once where nobody asks for a number: 256 MiB of them, at least
+/// 16 rows. `width`: rows of the head on this rank.
+int64_t rows_at_once(int64_t width);
+
 /// The next token: cross_entropy() and score() over a vocabulary.
 class NextToken : public TaskHead {
  public:

@@ -104,15 +104,19 @@ class AdaLora : public AdapterMethod {
     sizes.everywhere += rank_of(linear.name);
     return sizes;
   }
-  int64_t statistics_bytes(const std::vector<LinearSize>& adapted, int tensor, int data, int64_t step) const override {
-    const bool chooses = !pruned() && masking_at(budget_, step) == Masking::choose;
-    int64_t bytes = 0;
+  std::vector<StepCollective> statistics(const std::vector<LinearSize>& adapted, int64_t step) const override {
+    constexpr Purpose kPurpose = Purpose::adapter_statistics;
+    int64_t triplets = 0, grams = 0;
     for (const LinearSize& linear : adapted) {
       const int64_t r = rank_of(linear.name);
-      if (tensor > 1) bytes += 4 * r * r + (chooses ? 4 * r : 0);
-      if (tensor * data > 1 && chooses) bytes += r;
+      triplets += r;
+      grams += r * r;
     }
-    return bytes;
+    std::vector<StepCollective> all{{kPurpose, Axis::tp, {Collective::all_reduce, grams, sizeof(float)}}};
+    if (pruned() || masking_at(budget_, step) != Masking::choose) return all;
+    all.push_back({kPurpose, Axis::tp, {Collective::all_reduce, triplets, sizeof(float)}});
+    all.push_back({kPurpose, Axis::world, {Collective::broadcast, triplets, sizeof(uint8_t)}});
+    return all;
   }
   ModuleParts parts(const std::string& module) const override {
     const int64_t r = rank_of(module);

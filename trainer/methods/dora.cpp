@@ -141,10 +141,10 @@ class Dora : public AdapterMethod {
     (linear.row ? sizes.everywhere : sizes.data) += linear.row ? linear.out : linear.out / tensor;
     return sizes;
   }
-  int64_t statistics_bytes(const std::vector<LinearSize>& adapted, int tensor, int, int64_t) const override {
-    int64_t bytes = 0;
-    for (const LinearSize& linear : adapted) bytes += linear.row && tensor > 1 ? 4 * linear.out : 0;
-    return bytes;
+  std::vector<StepCollective> statistics(const std::vector<LinearSize>& adapted, int64_t) const override {
+    int64_t norms = 0;
+    for (const LinearSize& linear : adapted) norms += linear.row ? linear.out : 0;
+    return {{Purpose::adapter_statistics, Axis::tp, {Collective::all_reduce, norms, sizeof(float)}}};
   }
   int64_t base_reads() const override { return 1; }  // the norms, after each update
   ModuleParts parts(const std::string& module) const override {

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "comm/ledger.h"
+#include "comm/mesh.h"
 #include "trainer/layers/adapter.h"
 
 namespace corank {
@@ -22,6 +22,14 @@ struct GradientSizes {
   int64_t everywhere = 0, data = 0;
 };
 
+/// A collective of a step, from formulas.
+struct StepCollective {
+  Purpose purpose = Purpose::adapter_gradients;
+  Axis axis = Axis::world;
+  Transfer transfer;
+  int64_t calls = 1;
+};
+
 /// What a method sends in a step, from formulas.
 class MethodTraffic {
  public:
@@ -32,10 +40,9 @@ class MethodTraffic {
   virtual Purpose gradient_purpose() const { return Purpose::adapter_gradients; }
   /// Gradient of an adapted linear over `tensor` ranks (methods 11.1).
   virtual GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const = 0;
-  /// Bytes of adapter_statistics that one rank hands over in step `step`.
-  virtual int64_t statistics_bytes(const std::vector<LinearSize>& /*adapted*/, int /*tensor*/, int /*data*/,
-                                   int64_t /*step*/) const {
-    return 0;
+  /// The collectives of adapter_statistics in step `step`, over groups of however many ranks.
+  virtual std::vector<StepCollective> statistics(const std::vector<LinearSize>& /*adapted*/, int64_t /*step*/) const {
+    return {};
   }
   /// How often a step reads the frozen weight of an adapted linear apart from products.
   virtual int64_t base_reads() const { return 0; }

@@ -78,7 +78,7 @@ std::vector<int64_t> base_gathers(const TrafficShape& shape, const std::vector<H
                                   Checkpointing checkpointing) {
   std::map<int64_t, std::vector<int64_t>> bytes;  // of the weights of one number
   for (const StoredSize& weight : shape.stored) bytes[weight.order].push_back(weight.gather_bytes);
-  TwoSlots slots;
+  Slots slots;
   std::vector<int64_t> gathers;
   for (const int64_t order : walk_of_micro_batch(shape, halves, checkpointing)) {
     if (!slots.has(order)) gathers.insert(gathers.end(), bytes.at(order).begin(), bytes.at(order).end());

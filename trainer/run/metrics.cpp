@@ -49,14 +49,33 @@ class MetricsFile : public Observer {
   std::string path_;
 };
 
+/// Bytes handed to collectives, by purpose.
+ordered_json payload_json(const Ledger::Snapshot& bytes) {
+  ordered_json result = ordered_json::object();
+  for (int p = 0; p < kNumPurposes; ++p) {
+    if (bytes[p].calls > 0) result[std::string(name(static_cast<Purpose>(p)))] = bytes[p].payload_bytes;
+  }
+  return result;
+}
+
+/// The same by link and purpose, with what was sent.
+ordered_json links_json(const Ledger::Snapshot& bytes) {
+  ordered_json result = ordered_json::object();
+  for (const Link link : kLinks) {
+    ordered_json& purposes = result[std::string(name(link))] = ordered_json::object();
+    for (int p = 0; p < kNumPurposes; ++p) {
+      const auto [payload, sent] = bytes[p].over(link);
+      if (payload || sent) {
+        purposes[std::string(name(static_cast<Purpose>(p)))] = {{"payload", payload}, {"sent", sent}};
+      }
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 std::string to_json(const StepRecord& r) {
-  ordered_json bytes = ordered_json::object();
-  for (int p = 0; p < kNumPurposes; ++p) {
-    const Traffic& traffic = r.bytes[p];
-    if (traffic.calls > 0) bytes[std::string(name(static_cast<Purpose>(p)))] = traffic.payload_bytes;
-  }
   ordered_json record{{"step", r.step},
                       {"epoch", r.epoch},
                       {"loss", r.loss},
@@ -66,7 +85,8 @@ std::string to_json(const StepRecord& r) {
                       {"tokens_per_second", r.tokens_per_second},
                       {"step_seconds", r.step_seconds},
                       {"peak_memory_bytes", r.peak_memory_bytes},
-                      {"bytes", bytes}};
+                      {"bytes", payload_json(r.bytes)},
+                      {"links", links_json(r.bytes)}};
   if (r.eval_loss) record["eval_loss"] = *r.eval_loss;
   if (r.eval_accuracy) record["eval_accuracy"] = *r.eval_accuracy;
   return record.dump();

@@ -60,8 +60,9 @@ struct SaveRecord {
 struct EndRecord {
   int64_t first_step = 0;  ///< after which this start began
   int64_t step = 0, max_steps = 0;
-  Ledger::Snapshot bytes{};  ///< of all steps of this start, this rank
-  std::string result;        ///< where the adapter or model of a complete run was written
+  Ledger::Snapshot bytes{};      ///< of all steps of this start, this rank
+  Ledger::Snapshot all_ranks{};  ///< the same of all ranks together, without times
+  std::string result;            ///< where the adapter or model of a complete run was written
 };
 
 /// Everything the trainer reports leaves through this: on_start, on_resume, then in each step on_evaluation (where

@@ -1,9 +1,9 @@
 #include "trainer/run/traffic.h"
 
 #include <algorithm>
-#include <numeric>
 #include <set>
 
+#include "trainer/layers/cross_entropy.h"
 #include "trainer/layers/model.h"
 #include "trainer/methods/start.h"
 #include "trainer/methods/targets.h"
@@ -56,13 +56,47 @@ std::set<std::string> names_of(const std::vector<LinearSize>& linears) {
   return names;
 }
 
-/// Bytes of weights that a method reads beside the passes of a step.
-int64_t bytes_read_apart(const TrafficShape& shape, const std::set<std::string>& trained, int64_t reads) {
-  int64_t bytes = 0;
-  for (size_t i = 0; i < shape.linears.size(); ++i) {
-    if (trained.count(shape.linears[i].name)) bytes += reads * shape.stored[i].gather_bytes;
+/// The collectives of a step, as they are found. Groups of one rank and empty tensors have none.
+class CollectiveList {
+ public:
+  CollectiveList(int tensor, int data) : tensor_(tensor), data_(data) {}
+
+  void add(const StepCollective& collective) {
+    if (ranks(collective.axis) > 1 && collective.transfer.elements > 0) collectives_.push_back(collective);
   }
-  return bytes;
+  void add_sum(Purpose purpose, Axis axis, int64_t elements, int64_t element_bytes, int64_t calls = 1) {
+    add({purpose, axis, {Collective::all_reduce, elements, element_bytes}, calls});
+  }
+  std::vector<StepCollective> take() { return std::move(collectives_); }
+
+ private:
+  int ranks(Axis axis) const { return axis == Axis::dp ? data_ : axis == Axis::tp ? tensor_ : data_ * tensor_; }
+
+  int tensor_, data_;
+  std::vector<StepCollective> collectives_;
+};
+
+/// The statistics of the softmax travel with each chunk of logits.
+void add_loss(CollectiveList& list, int64_t targets, int64_t head_rows) {
+  const int64_t chunk = rows_at_once(head_rows);
+  for (int64_t begin = 0; begin < targets; begin += chunk) {
+    const int64_t rows = std::min(chunk, targets - begin);
+    list.add_sum(Purpose::vocabulary_loss, Axis::tp, rows, sizeof(float));
+    list.add_sum(Purpose::vocabulary_loss, Axis::tp, 2 * rows, sizeof(float));
+  }
+}
+
+void add_gather(CollectiveList& list, int64_t bytes) {
+  list.add({Purpose::base_gathers, Axis::dp, {Collective::all_gather, bytes, 1}});
+}
+
+/// Weights that a method reads beside the passes of a step.
+void add_apart(CollectiveList& list, const TrafficShape& shape, const std::set<std::string>& trained, int64_t reads) {
+  for (size_t i = 0; i < shape.linears.size(); ++i) {
+    for (int64_t read = 0; read < reads && trained.count(shape.linears[i].name); ++read) {
+      add_gather(list, shape.stored[i].gather_bytes);
+    }
+  }
 }
 
 }  // namespace
@@ -84,10 +118,10 @@ TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
   return shape;
 }
 
-std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
-                                              int data, int activation_bytes, Checkpointing checkpointing,
-                                              const std::vector<BatchSize>& micro_batches, int64_t step,
-                                              const GradientSumEntry& sum) {
+std::vector<StepCollective> predict_step(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
+                                         int activation_bytes, Checkpointing checkpointing,
+                                         const std::vector<BatchSize>& micro_batches, int64_t step,
+                                         const GradientSumEntry& sum) {
   const auto method = make_method(adapter);
   const bool full = method->trains_base();
   const auto trained = trained_linears(shape, adapter, full);
@@ -97,29 +131,39 @@ std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const A
     sizes.everywhere += one.everywhere;
     sizes.data += one.data;
   }
-  std::map<Purpose, int64_t> bytes;
-  const auto add = [&](Purpose purpose, int64_t count) {
-    if (count > 0) bytes[purpose] += count;
-  };
-  const Purpose gradients = method->gradient_purpose();
-  if (data * tensor > 1 && sizes.everywhere > 0) add(gradients, sum.payload_bytes(sizes.everywhere));
-  if (data > 1 && sizes.data > 0) add(gradients, sum.payload_bytes(sizes.data));
-  if (data * tensor > 1) add(Purpose::data_control, 16);  // loss, wish to stop
-  add(Purpose::adapter_statistics, method->statistics_bytes(trained, tensor, data, step));
+  CollectiveList list(tensor, data);
+  if (sizes.everywhere > 0) list.add({method->gradient_purpose(), Axis::world, sum.transfer(sizes.everywhere)});
+  if (sizes.data > 0) list.add({method->gradient_purpose(), Axis::dp, sum.transfer(sizes.data)});
+  for (const StepCollective& collective : method->statistics(trained, step)) list.add(collective);
+  list.add_sum(Purpose::data_control, Axis::world, 2, sizeof(double));  // loss, wish to stop
+  list.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
   const std::set<std::string> names = names_of(trained);
   const auto halves = half_layers(shape, names, embedding_trains(shape, full), checkpointing);
-  const std::vector<int64_t> gathers = base_gathers(shape, halves, checkpointing);
-  const int64_t in_passes = std::accumulate(gathers.begin(), gathers.end(), int64_t{0});
-  add(Purpose::base_gathers,
-      bytes_read_apart(shape, names, method->base_reads()) + static_cast<int64_t>(micro_batches.size()) * in_passes);
-  if (tensor == 1) return bytes;
-  add(Purpose::gradient_norm, 8);
+  add_apart(list, shape, names, method->base_reads());
   for (const BatchSize& batch : micro_batches) {
-    const int64_t sums = sums_per_token(halves) * batch.tokens + batch.targets;
-    add(Purpose::tensor_activations, sums * shape.hidden * activation_bytes);
-    add(Purpose::vocabulary_loss, 3 * 4 * batch.targets);
+    for (const int64_t bytes : base_gathers(shape, halves, checkpointing)) add_gather(list, bytes);
+    const int64_t sums = sums_per_token(halves);
+    list.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
+    add_loss(list, batch.targets, (shape.vocab + tensor - 1) / tensor);
+    list.add_sum(Purpose::tensor_activations, Axis::tp, batch.targets * shape.hidden, activation_bytes);
   }
+  return list.take();
+}
+
+std::map<Purpose, int64_t> payload_by_purpose(const std::vector<StepCollective>& collectives) {
+  std::map<Purpose, int64_t> bytes;
+  for (const auto& [purpose, axis, transfer, calls] : collectives) bytes[purpose] += calls * transfer.payload_bytes();
   return bytes;
+}
+
+Ledger::Snapshot traffic_by_purpose(const std::vector<StepCollective>& collectives,
+                                    const std::function<Ring(Axis)>& ring) {
+  Ledger ledger;
+  for (const auto& [purpose, axis, transfer, calls] : collectives) {
+    const Traffic one = ring_traffic(transfer, ring(axis));
+    for (int64_t call = 0; call < calls; ++call) ledger.record(purpose, one);
+  }
+  return ledger.snapshot();
 }
 
 }  // namespace corank

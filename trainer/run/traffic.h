@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -34,13 +35,19 @@ struct BatchSize {
   int64_t tokens = 0, targets = 0;
 };
 
-/// Bytes that one rank hands to collectives in one optimizer step, by purpose, from formulas alone (methods 11.1;
-/// README, "Bytes"): never from counters. e = bytes of an activation. tensor_activations of a micro-batch of N tokens:
+/// The collectives of one optimizer step of one rank, from formulas alone (methods 11.1; README, "Bytes"): never from
+/// counters. Groups of one rank have none. e = bytes of an activation. tensor_activations of a micro-batch of N tokens:
 /// N D e for the embedding, 2 N D e a layer forward, as much backward (less one where nothing below the first layer
 /// trains), what recomputation repeats, and M D e for the loss.
-std::map<Purpose, int64_t> predict_step_bytes(const TrafficShape& shape, const AdapterConfig& adapter, int tensor,
-                                              int data, int activation_bytes, Checkpointing checkpointing,
-                                              const std::vector<BatchSize>& micro_batches, int64_t step = 1,
-                                              const GradientSumEntry& sum = plain_sum());
+std::vector<StepCollective> predict_step(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
+                                         int activation_bytes, Checkpointing checkpointing,
+                                         const std::vector<BatchSize>& micro_batches, int64_t step = 1,
+                                         const GradientSumEntry& sum = plain_sum());
+
+/// Bytes that one rank hands to these collectives.
+std::map<Purpose, int64_t> payload_by_purpose(const std::vector<StepCollective>& collectives);
+/// What the ledger of a rank counts of these collectives, but for the time. `ring`: of each group that it is in.
+Ledger::Snapshot traffic_by_purpose(const std::vector<StepCollective>& collectives,
+                                    const std::function<Ring(Axis)>& ring);
 
 }  // namespace corank

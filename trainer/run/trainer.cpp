@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "comm/agree.h"
 #include "configs/error.h"
 #include "trainer/ops/device.h"
 
@@ -53,6 +54,7 @@ TrainingState Trainer::run(TrainingState state, const std::function<bool()>& sto
   for (bool going = true; going && state.step < last;) going = advance(state, stop);
   end.step = state.step;
   end.bytes = bytes_since(before);
+  end.all_ranks = sum_over_ranks(parts_.mesh.world(), end.bytes);
   if (state.step == last && write_result) end.result = write_result();
   tell([&](Observer& observer) { observer.on_end(end); });
   return state;

@@ -19,31 +19,27 @@ void Walk::visit(int64_t order) {
   if (current_.empty() || current_.back() != order) current_.push_back(order);
 }
 
-std::optional<int64_t> Walk::next() const {
-  if (current_.size() >= known_.size() || !std::equal(current_.begin(), current_.end(), known_.begin())) return {};
-  return known_[current_.size()];
-}
-
-bool TwoSlots::has(int64_t order) const { return std::count(held_.begin(), held_.end(), order) > 0; }
-
-std::optional<int64_t> TwoSlots::ask(int64_t order) {
-  std::erase(held_, order);
-  held_.insert(held_.begin(), order);
-  if (held_.size() <= 2) return {};
-  const int64_t last = held_.back();
-  held_.pop_back();
-  return last;
-}
-
-std::optional<int64_t> TwoSlots::expect(int64_t order) {
-  if (has(order)) return {};
-  std::optional<int64_t> last;
-  if (held_.size() == 2) {
-    last = held_.back();
-    held_.pop_back();
+std::vector<int64_t> Walk::next(size_t count) const {
+  std::vector<int64_t> orders;
+  if (current_.size() > known_.size() || !std::equal(current_.begin(), current_.end(), known_.begin())) return orders;
+  for (size_t i = current_.size(); i < known_.size() && orders.size() < count; ++i) {
+    const bool there = known_[i] == current_.back() || std::count(orders.begin(), orders.end(), known_[i]) > 0;
+    if (!there) orders.push_back(known_[i]);
   }
-  held_.push_back(order);
-  return last;
+  return orders;
+}
+
+bool Slots::has(int64_t order) const { return std::count(held_.begin(), held_.end(), order) > 0; }
+
+std::vector<int64_t> Slots::ask(int64_t order, const std::vector<int64_t>& next) {
+  std::vector<int64_t> held{order}, gone;
+  held.insert(held.end(), next.begin(), next.end());
+  for (const int64_t one : held_) {
+    if (std::count(held.begin(), held.end(), one) > 0) continue;
+    (held.size() < kSlots ? held : gone).push_back(one);
+  }
+  held_ = std::move(held);
+  return gone;
 }
 
 namespace {
@@ -76,13 +72,12 @@ class Sharded : public Residency {
 
   void fetch(const ShardedBytes& weight, Group& group);
   void fetch_all(int64_t order);
-  void let_go(const std::optional<int64_t>& order);
 
   std::unique_ptr<Communicator> group_;
   ops::SideStream side_;
   std::map<int64_t, std::vector<const ShardedBytes*>> weights_;  ///< by order
   std::map<int64_t, Group> here_;
-  TwoSlots slots_;
+  Slots slots_;
   Walk walk_;
 };
 
@@ -160,10 +155,6 @@ void Sharded::fetch_all(int64_t order) {
   }
 }
 
-void Sharded::let_go(const std::optional<int64_t>& order) {
-  if (order) here_.erase(*order);
-}
-
 at::Tensor Sharded::whole(const ShardedBytes& weight, Pass pass) {
   if (pass == Pass::apart) {
     Group alone;
@@ -172,13 +163,11 @@ at::Tensor Sharded::whole(const ShardedBytes& weight, Pass pass) {
     return alone.flat.at(&weight);
   }
   const int64_t order = weight.order();
-  let_go(slots_.ask(order));
-  fetch_all(order);
   walk_.visit(order);
-  if (const auto next = walk_.next()) {
-    let_go(slots_.expect(*next));
-    fetch_all(*next);
-  }
+  const std::vector<int64_t> next = walk_.next(Slots::kSlots - 1);
+  for (const int64_t gone : slots_.ask(order, next)) here_.erase(gone);
+  fetch_all(order);
+  for (const int64_t one : next) fetch_all(one);
   const Group& group = here_.at(order);
   side_.wait(group.ticket);
   return group.flat.at(&weight);

@@ -1,7 +1,6 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "comm/communicator.h"
@@ -15,33 +14,33 @@ class Walk {
  public:
   void begin();
   void visit(int64_t order);
-  /// What an earlier walk that began like this one had next; none: it ended here, or there was none.
-  std::optional<int64_t> next() const;
+  /// Up to `count` different weights that an earlier walk that began like this one asked for next.
+  std::vector<int64_t> next(size_t count) const;
 
  private:
   std::vector<int64_t> known_, current_;
 };
 
-/// Which two weights are on the device: the one asked for last and one more, the next or the one before. How many are
-/// fetched follows from the order of asking alone, whether the next one is fetched ahead or not.
-class TwoSlots {
+/// Which weights are on the device: the one asked for last and kSlots - 1 more, the next ones or the last ones. How
+/// many are fetched follows from the order of asking alone, whether they are fetched ahead or not.
+class Slots {
  public:
+  static constexpr size_t kSlots = 4;  ///< groups of weights with one input: about a layer
+
   void clear() { held_.clear(); }
   bool has(int64_t order) const;
-  /// `order` is asked for now. What makes way for it, where something has to.
-  std::optional<int64_t> ask(int64_t order);
-  /// `order` will be asked for next and is brought beside what was asked for last.
-  std::optional<int64_t> expect(int64_t order);
+  /// `order` is asked for now, and `next` will be, in this order. What makes way for them.
+  std::vector<int64_t> ask(int64_t order, const std::vector<int64_t>& next = {});
 
  private:
   std::vector<int64_t> held_;  ///< what was asked for last is in front
 };
 
-/// Weights whose stored bytes (4 bits a weight stay 4 bits) are divided evenly between the ranks of `group`, as the frozen
-/// part of a ZeRO-3 run (arXiv 1910.02054): each rank keeps 1/D and gathers the rest for each pass, the next weight
-/// while this one multiplies, again in backward. Two weights, or two groups of weights with one input, are whole on the
-/// device at a time. Asking is collective: all ranks of `group`, which nobody else uses, ask in the same order. Purpose
-/// base_gathers.
+/// Weights whose stored bytes (4 bits a weight stay 4 bits) are divided evenly between the ranks of `group`, as the
+/// frozen part of a ZeRO-3 run (arXiv 1910.02054): each rank keeps 1/D and gathers the rest for each pass, the next
+/// weight while this one multiplies, again in backward. Two weights, or two groups of weights with one input, are whole
+/// on the device at a time. Asking is collective: all ranks of `group`, which nobody else uses, ask in the same order.
+/// Purpose base_gathers.
 std::shared_ptr<Residency> sharded_over(std::unique_ptr<Communicator> group);
 
 }  // namespace corank
