@@ -28,7 +28,6 @@ class Bfloat16Sum : public GradientSum {
     }
   }
   void end_step(bool done) override {
-    GradientSum::end_step(done);
     if (!done) dropped_.copy_(before_);
   }
   at::Tensor carried() const override { return dropped_; }
@@ -41,11 +40,13 @@ class Bfloat16Sum : public GradientSum {
 
 const GradientSumEntry& bfloat16_sum() {
   static const GradientSumEntry entry{
-      "bfloat16",
+      "bfloat16", 2 * sizeof(float),
       [](const Mesh& mesh, const GradientBuffers& buffers) -> std::unique_ptr<GradientSum> {
         return std::make_unique<Bfloat16Sum>(mesh, buffers);
       },
-      [](int64_t elements) { return Transfer{Collective::all_reduce, elements, sizeof(at::BFloat16)}; }};
+      [](int64_t elements) {
+        return Transfer{Collective::all_reduce, elements, sizeof(at::BFloat16)};
+      }};
   return entry;
 }
 

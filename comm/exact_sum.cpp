@@ -56,11 +56,13 @@ class ExactSum : public GradientSum {
 
 const GradientSumEntry& exact_sum() {
   static const GradientSumEntry entry{
-      "exact",
+      "exact", sizeof(int64_t),
       [](const Mesh& mesh, const GradientBuffers& buffers) -> std::unique_ptr<GradientSum> {
         return std::make_unique<ExactSum>(mesh, buffers);
       },
-      [](int64_t elements) { return Transfer{Collective::all_reduce, elements + 1, sizeof(int64_t)}; }};
+      [](int64_t elements) {
+        return Transfer{Collective::all_reduce, elements + 1, sizeof(int64_t)};
+      }};
   return entry;
 }
 

@@ -24,10 +24,6 @@ GradientSum::GradientSum(const Mesh& mesh, GradientBuffers buffers) : mesh_(mesh
   if (buffers_.data.numel() > 0) parts_.push_back({mesh.dp(), buffers_.data});
 }
 
-void GradientSum::end_step(bool /*done*/) {
-  for (const Part& part : parts_) part.buffer.zero_();
-}
-
 const GradientSumEntry& gradient_sum(const std::string& name) {
   for (const GradientSumEntry* entry : {&plain_sum(), &bfloat16_sum(), &exact_sum()}) {
     if (entry->name == name) return *entry;

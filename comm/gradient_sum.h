@@ -20,7 +20,7 @@ struct GradientBuffers {
 /// job. How it adds up, and in which numbers they travel, is an entry of a table.
 ///
 ///   each micro-batch: backward; add_micro_batch(its loss)
-///   reduce(); the update; end_step(whether it was made)
+///   reduce(); the update; end_step(whether it was made); the buffers are zero again
 class GradientSum {
  public:
   /// Borrows mesh and buffers.
@@ -34,9 +34,8 @@ class GradientSum {
   virtual at::Tensor add_micro_batch(const at::Tensor& loss) { return loss; }
   /// Collective over the world. Afterwards the buffers hold the sum: the same bits on every rank of a group.
   virtual void reduce() = 0;
-  /// The buffers are zero for the next step. `done`: the update was made; else this object is as it was before the
-  /// step.
-  virtual void end_step(bool done);
+  /// `done`: the update was made; else this object is as it was before the step.
+  virtual void end_step(bool /*done*/) {}
   /// What this rank alone carries on to the next step, and a checkpoint must hold: float32 [everywhere + data], in
   /// place. Undefined: nothing.
   virtual at::Tensor carried() const { return {}; }
@@ -60,6 +59,7 @@ class GradientSum {
 /// One way to sum.
 struct GradientSumEntry {
   std::string name;
+  int64_t kept_bytes = 0;  ///< of memory an element, beside the buffers
   std::unique_ptr<GradientSum> (*make)(const Mesh& mesh, const GradientBuffers& buffers);
   /// What a rank hands over in a step for a part of `elements`, more than none, to a group of several ranks.
   Transfer (*transfer)(int64_t elements);

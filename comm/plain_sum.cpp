@@ -16,11 +16,13 @@ class PlainSum : public GradientSum {
 
 const GradientSumEntry& plain_sum() {
   static const GradientSumEntry entry{
-      "float32",
+      "float32", 0,
       [](const Mesh& mesh, const GradientBuffers& buffers) -> std::unique_ptr<GradientSum> {
         return std::make_unique<PlainSum>(mesh, buffers);
       },
-      [](int64_t elements) { return Transfer{Collective::all_reduce, elements, sizeof(float)}; }};
+      [](int64_t elements) {
+        return Transfer{Collective::all_reduce, elements, sizeof(float)};
+      }};
   return entry;
 }
 

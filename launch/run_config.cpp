@@ -121,6 +121,15 @@ void read_train(const Section& s, TrainConfig& t, ModelOptions& model) {
   t.reproducible = s.get<bool>("reproducible", t.reproducible);
 }
 
+void check_gradient_dtype(const Section& s, const RunConfig& run) {
+  if (run.parallel.gradient_dtype == "float32" || run.parallel.shard_base == "none") return;
+  if (!make_method(run.adapter)->trains_base()) return;
+  s.fail("gradient_dtype",
+         fmt::format("the gradients of weights that shard_base: {} shares go to their owners in float32; take float32, "
+                     "or shard_base: none",
+                     run.parallel.shard_base));
+}
+
 /// Bits that do not depend on the number of data-parallel ranks are those of small gradients, summed exactly.
 void check_reproducible(const Section& s, const RunConfig& run) {
   if (!run.train.reproducible) return;
@@ -196,13 +205,8 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   }
   read_data(file.section("data"), run.data);
   read_parallel(file.section("parallel"), run.parallel);
-  if (run.parallel.shard_base != "none" && make_method(run.adapter)->trains_base()) {
-    file.section("parallel")
-        .fail("shard_base", fmt::format("weights that train cannot be sharded yet, and method {} "
-                                        "trains them; leave it out",
-                                        run.adapter.method));
-  }
   read_train(file.section("train"), run.train, run.model);
+  check_gradient_dtype(file.section("parallel"), run);
   check_reproducible(file.section("train"), run);
   if (run.data.packing && run.train.num_train_epochs.value_or(0) > kMaxPackedEpochs) {
     file.section("train").fail("num_train_epochs", fmt::format("{} is more than the {} that data.packing allows",

@@ -64,6 +64,8 @@ TEST(Refusals, MethodsAndKeysThatDoNotBelongTogether) {
       {{"adapter.method=full", "train.reproducible=true"}, {"train.reproducible", "method full", "an adapter method"}},
       {{"parallel.gradient_dtype=bfloat16", "train.reproducible=true"},
        {"train.reproducible", "parallel.gradient_dtype bfloat16", "float32"}},
+      {{"adapter.method=full", "parallel.shard_base=dp", "parallel.gradient_dtype=bfloat16"},
+       {"parallel.gradient_dtype", "shard_base: dp", "float32"}},
       {{"parallel.gradient_dtype=float16"}, {"parallel.gradient_dtype", "float32, bfloat16"}},
   };
   for (const auto& [overrides, words] : refusals) {

@@ -116,13 +116,12 @@ Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot&
 }
 
 Ledger::Snapshot predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
-                                 const StepBatches& batches, int64_t step, bool asked) {
+                                 const StepBatches& batches, int64_t step) {
   std::vector<BatchSize> sizes;
   for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-  const auto collectives =
-      predict_step(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(), run.mesh.dp().size(),
-                   static_cast<int>(at::elementSize(model.dtype)), model.checkpointing, sizes, step,
-                   gradient_sum(run.how_to_sum));
+  const auto collectives = predict_step(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(),
+                                        run.mesh.dp().size(), static_cast<int>(at::elementSize(model.dtype)),
+                                        model.checkpointing, sizes, step, gradient_sum(run.how_to_sum));
   return traffic_by_purpose(collectives, [&](Axis axis) { return run.mesh.group(axis).ring(); });
 }
 

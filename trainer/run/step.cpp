@@ -84,12 +84,13 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   parts.method.add_gradients(step, mesh);
   const at::Tensor told = tell_all(loss, options.stop, mesh);
 
-  const at::Tensor norm = gradient_norm(parts.store, mesh.tp());
+  const at::Tensor norm = gradient_norm(parts.store, mesh);
   clip(parts.store.gradients(), norm, options.max_grad_norm);
   parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step), not_finite(told[0], norm));
   const StepStats stats = read_stats(told, norm, batches);
   if (is_sound(stats) && parts.method.on_step_end(step, mesh)) parts.optimizer.restart();
   parts.sum.end_step(is_sound(stats));
+  parts.store.gradients().zero_();
   if (!is_sound(stats)) refuse_step(stats, step);
   return stats;
 }
