@@ -139,7 +139,8 @@ void check_rank(const LoaderOptions& options) {
 
 void check_batch(const LoaderOptions& options) {
   const int64_t global = options.global_batch_size, micro = options.micro_batch_size;
-  if (global < 1 || micro < 1 || global % (micro * options.dp_size) != 0) {
+  const int64_t at_once = options.uneven ? micro : micro * options.dp_size;
+  if (global < 1 || micro < 1 || global % at_once != 0) {
     throw ConfigError("train.global_batch_size " + std::to_string(global) +
                       " must be a positive multiple of train.micro_batch_size " + std::to_string(micro) +
                       " times the data-parallel size " + std::to_string(options.dp_size) +
@@ -198,10 +199,14 @@ struct Loader::Impl {
     const int64_t rounds = divide_up(divide_up(left, micro), options.dp_size);
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t k = round * options.dp_size + options.dp_rank, begin = first + k * micro;
-      const Batch& batch = step.micro_batches.emplace_back(
-          read_batch(memory, file, sequences, begin, begin + micro, k * micro, options.sampler.seq_len));
-      step.num_targets += batch.num_targets();
-      if (begin < static_cast<int64_t>(sequences.size())) step.num_tokens += batch.num_tokens();
+      step.micro_batches.push_back(read_batch(memory, file, sequences, begin, std::min(begin + micro, first + left),
+                                              k * micro, options.sampler.seq_len));
+    }
+    for (int64_t i = first; i < first + left; ++i) {
+      for (const int64_t sample : sequences[i]) {
+        step.num_targets += sampler.num_targets(sample);
+        step.num_tokens += sampler.num_tokens(sample);
+      }
     }
     return step;
   }

@@ -14,6 +14,7 @@ struct LoaderOptions {
   int64_t micro_batch_size = 1;   ///< sequences a micro-batch; micro-batch k of a step holds [k m, (k+1) m)
   int dp_rank = 0;                ///< micro-batch k belongs to rank k mod dp_size
   int dp_size = 1;
+  bool uneven = false;  ///< micro-batches that do not divide by dp_size are allowed: some ranks pad
 };
 
 /// Where the next batch starts. Independent of the number of ranks.
@@ -23,21 +24,22 @@ struct LoaderState {
   bool operator==(const LoaderState&) const = default;
 };
 
-/// This rank's micro-batches of one step.
+/// This rank's micro-batches of one step, and the size of the global batch.
 struct StepBatches {
   std::vector<Batch> micro_batches;  ///< as many on every rank: what holds the step's sequences
-  int64_t num_targets = 0;           ///< of this rank
-  int64_t num_tokens = 0;            ///< of this rank, padding not counted
+  int64_t num_targets = 0;           ///< of all ranks
+  int64_t num_tokens = 0;            ///< of all ranks, padding not counted
   double epoch = 0;                  ///< epochs done after this step, e.g. 1.25
 };
 
 /// Endless stream of steps, prepared by a background thread one step ahead. The last batch of an epoch holds what is
-/// left; where that gives some ranks a micro-batch and others none, theirs is one padding token without targets, so
-/// that all ranks make the same calls.
+/// left; where some ranks get a micro-batch and others none, theirs is one padding token without targets, so that all
+/// ranks make the same calls.
 /// Not thread-safe.
 class Loader {
  public:
-  /// ConfigError if global_batch_size does not divide by micro_batch_size * dp_size. `file` is borrowed.
+  /// ConfigError if global_batch_size does not divide by micro_batch_size * dp_size (`uneven`: by micro_batch_size).
+  /// `file` is borrowed.
   Loader(const TokenFile& file, LoaderOptions options);
   ~Loader();
 

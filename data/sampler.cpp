@@ -45,7 +45,10 @@ Sampler::Sampler(const TokenFile& file, SamplerOptions options) : file_(file), o
   if (options_.seq_len < 2) {
     throw ConfigError("data.seq_len is " + std::to_string(options_.seq_len) + " and must be at least 2.");
   }
-  used_ = file_.samples_with_target(options_.seq_len);
+  num_targets_ = file_.num_targets(options_.seq_len);
+  for (int64_t i = 0; i < file_.size(); ++i) {
+    if (num_targets_[i] > 0) used_.push_back(i);
+  }
 }
 
 int64_t Sampler::num_truncated() const {
@@ -68,7 +71,7 @@ std::vector<std::vector<int64_t>> Sampler::pack(const std::vector<int64_t>& orde
   std::vector<std::vector<int64_t>> sequences;
   std::vector<Open> window;  // oldest first
   for (const int64_t sample : order) {
-    const int64_t length = std::min(file_.length(sample), options_.seq_len);
+    const int64_t length = num_tokens(sample);
     auto place = std::find_if(window.begin(), window.end(), [&](const Open& open) { return open.room >= length; });
     if (place == window.end()) {
       if (window.size() == kOpenSequences) window.erase(window.begin());

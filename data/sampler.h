@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -26,6 +27,9 @@ class Sampler {
   std::vector<std::vector<int64_t>> sequences(int64_t epoch) const;
   /// Samples that appear.
   int64_t num_used() const { return static_cast<int64_t>(used_.size()); }
+  /// Tokens and targets of a sample once it is cut.
+  int64_t num_tokens(int64_t sample) const { return std::min(file_.length(sample), options_.seq_len); }
+  int64_t num_targets(int64_t sample) const { return num_targets_[sample]; }
   /// Those of them that are longer than seq_len, whose ends are never seen.
   int64_t num_truncated() const;
   const SamplerOptions& options() const { return options_; }
@@ -35,7 +39,8 @@ class Sampler {
   std::vector<std::vector<int64_t>> pack(const std::vector<int64_t>& order) const;
   const TokenFile& file_;
   SamplerOptions options_;
-  std::vector<int64_t> used_;  ///< in file order
+  std::vector<int64_t> num_targets_;  ///< by sample
+  std::vector<int64_t> used_;         ///< in file order
 };
 
 }  // namespace corank

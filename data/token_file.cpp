@@ -131,7 +131,7 @@ Sample TokenFile::read(int64_t sample) const {
   return result;
 }
 
-std::vector<int64_t> TokenFile::samples_with_target(int64_t seq_len) const {
+std::vector<int64_t> TokenFile::num_targets(int64_t seq_len) const {
   std::vector<int64_t> numbers;
   for (int64_t first = 0, last = 0; first < size(); first = last) {
     last = block_end(offsets_, first);
@@ -139,7 +139,7 @@ std::vector<int64_t> TokenFile::samples_with_target(int64_t seq_len) const {
     for (int64_t i = first; i < last; ++i) {
       const uint8_t* mask = block.const_data_ptr<uint8_t>() + (offsets_[i] - offsets_[first]);
       const uint8_t* end = mask + std::min(length(i), seq_len);
-      if (std::any_of(mask + 1, end, [](uint8_t entry) { return entry != 0; })) numbers.push_back(i);
+      numbers.push_back(std::count_if(mask + 1, end, [](uint8_t entry) { return entry != 0; }));
     }
   }
   return numbers;

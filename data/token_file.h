@@ -40,8 +40,8 @@ class TokenFile {
   const TokenizerMark& tokenizer() const { return tokenizer_; }
   /// May share memory with the file's other samples: not to be written to.
   Sample read(int64_t sample) const;
-  /// The samples that have a target among their first `seq_len` tokens, in file order. Reads all masks.
-  std::vector<int64_t> samples_with_target(int64_t seq_len) const;
+  /// Targets of every sample among its first `seq_len` tokens. Reads all masks.
+  std::vector<int64_t> num_targets(int64_t seq_len) const;
   /// SHA-256 of tokens, offsets and mask: the data's part of a run's identity. Reads everything.
   std::string fingerprint() const;
   /// Reads the whole file once: token ids in [0, vocab_size), mask 0 or 1, every sample with at least one target after

@@ -17,15 +17,17 @@ Sample random_sample(int64_t length, int64_t vocab, uint64_t seed, int64_t seque
 StepBatches random_batches(const RunConfig& run, const Mesh& mesh, int64_t vocab) {
   StepBatches step;
   const int64_t micro = run.train.micro_batch_size, count = run.train.global_batch_size / micro;
-  for (int64_t k = mesh.dp().rank(); k < count; k += mesh.dp().size()) {
+  const int64_t size = mesh.dp().size();
+  for (int64_t first = 0; first < count; first += size) {
+    const int64_t k = first + mesh.dp().rank();  // beyond the last: padding
     std::vector<std::vector<Sample>> rows;
-    for (int64_t s = k * micro; s < (k + 1) * micro; ++s) {
+    for (int64_t s = k * micro; k < count && s < (k + 1) * micro; ++s) {
       rows.push_back({random_sample(run.data.seq_len, vocab, static_cast<uint64_t>(run.train.seed), s)});
     }
     step.micro_batches.push_back(make_batch(rows, k * micro, run.data.seq_len));
-    step.num_targets += step.micro_batches.back().num_targets();
-    step.num_tokens += step.micro_batches.back().num_tokens();
   }
+  step.num_tokens = count * micro * run.data.seq_len;
+  step.num_targets = step.num_tokens - count * micro;  // all but each first
   return step;
 }
 
@@ -34,8 +36,7 @@ StepBatches random_batches(const RunConfig& run, const Mesh& mesh, int64_t vocab
 Bench::Bench(Session& session)
     : session_(session),
       optimizer_(session.store(), session.run().train.optimizer),
-      reducer_(session.mesh(), session.store().gradients_of(GradientScope::everywhere),
-               session.store().gradients_of(GradientScope::data), session.method().gradient_purpose()),
+      sum_(make_gradient_sum(session)),
       dropout_(static_cast<uint64_t>(session.run().train.seed), session.mesh().device()) {
   const RunConfig& run = session.run();
   if (run.data.train.empty()) return;
@@ -50,8 +51,8 @@ StepBatches Bench::next() {
 
 StepStats Bench::step(const StepBatches& batches, int64_t number) {
   const RunConfig& run = session_.run();
-  const StepParts parts{session_.mesh(), session_.model(), session_.method(), session_.store(),
-                        optimizer_,      reducer_,         dropout_};
+  const StepParts parts{session_.mesh(), session_.model(), session_.method(), session_.store(), optimizer_,
+                        *sum_,           dropout_};
   return train_step(parts, batches, number, {run.train.learning_rate, run.train.max_grad_norm, [] { return false; }});
 }
 

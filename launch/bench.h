@@ -7,7 +7,7 @@
 
 namespace corank {
 
-/// A training step outside a run: optimizer, reducer and batches over a Session, for the bench commands.
+/// A training step outside a run: optimizer, sum of gradients and batches over a Session, for the bench commands.
 class Bench {
  public:
   /// Batches come from data.train, or, where none is named, are random: every sequence seq_len tokens, all targets.
@@ -20,7 +20,7 @@ class Bench {
  private:
   Session& session_;
   Optimizer optimizer_;
-  GradReducer reducer_;
+  std::unique_ptr<GradientSum> sum_;
   DropoutKeys dropout_;
   std::unique_ptr<TokenFile> data_;
   std::unique_ptr<Loader> loader_;

@@ -75,9 +75,11 @@ std::string quoted(const std::string& path) {
 std::vector<StepCollective> predicted_step(Session& session, const AdapterConfig& adapter,
                                            const std::vector<BatchSize>& micro_batches) {
   const Mesh& mesh = session.mesh();
-  const int64_t element = session.run().model.dtype == at::kFloat ? 4 : 2;
+  const RunConfig& run = session.run();
+  const int64_t element = run.model.dtype == at::kFloat ? 4 : 2;
+  const std::string sum = make_method(adapter)->trains_base() ? run.parallel.gradient_dtype : run.gradient_sum();
   return predict_step(traffic_shape(session.model(), adapter), adapter, mesh.tp().size(), mesh.dp().size(),
-                      static_cast<int>(element), session.run().model.checkpointing, micro_batches);
+                      static_cast<int>(element), run.model.checkpointing, micro_batches, 1, gradient_sum(sum));
 }
 
 Ledger::Snapshot traffic_of_all_ranks(const Mesh& mesh, const std::vector<StepCollective>& collectives) {

@@ -31,7 +31,8 @@ void check_ranks(const RunConfig& run, int ranks) {
 }
 
 void check_batch(const RunConfig& run, int ranks) {
-  const int64_t data = ranks / run.parallel.tensor, rows = run.train.micro_batch_size * data;
+  const int64_t data = run.train.reproducible ? 1 : ranks / run.parallel.tensor;  // slots may divide unevenly
+  const int64_t rows = run.train.micro_batch_size * data;
   if (run.train.global_batch_size % rows != 0) {
     throw ConfigError(
         fmt::format("train.global_batch_size: {} is not a multiple of micro_batch_size {} x {} data-parallel "
@@ -61,7 +62,7 @@ int64_t check_tokens(const RunConfig& run, const std::string& path, int64_t voca
   const TokenFile file(path);
   if (!run.model.path.empty()) require_same_tokenizer(file, run.model.path, vocab_size);
   file.validate(vocab_size);
-  const auto used = static_cast<int64_t>(file.samples_with_target(run.data.seq_len).size());
+  const int64_t used = Sampler(file, run.loader_options(0, 1).sampler).num_used();
   if (used > 0) return used;
   throw InputError(fmt::format("{}: no target is left once samples are cut to data.seq_len {}. Raise data.seq_len.",
                                path, run.data.seq_len));

@@ -73,8 +73,11 @@ void Console::introduce(const StartRecord& r) {
                   100.0 * static_cast<double>(r.trainable_parameters) / static_cast<double>(r.all_parameters)));
   const int dp = r.data_parallel;
   const int64_t micro = r.micro_batch_size, global = r.global_batch_size;
-  say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {} dp x {} accumulation x {} micro-batch", r.ranks, dp,
-                  r.tensor_parallel, global, dp, global / (dp * micro), micro));
+  const std::string parts =
+      global % (dp * micro) == 0
+          ? fmt::format("{} dp x {} accumulation x {} micro-batch", dp, global / (dp * micro), micro)
+          : fmt::format("{} micro-batches of {}, unevenly over {} dp", global / micro, micro, dp);
+  say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {}", r.ranks, dp, r.tensor_parallel, global, parts));
   say(fmt::format("backend {}, {} on {}, {} thread{} a rank ({} rank{} on this host)", r.backend, r.dtype, r.device,
                   r.threads, r.threads == 1 ? "" : "s", r.ranks_on_host, r.ranks_on_host == 1 ? "" : "s"));
   say(fmt::format("memory a rank: frozen and trained weights {}, adapter with gradients and moments {}",
@@ -101,7 +104,8 @@ StartRecord start_record(Session& session, const World& world, int threads) {
   r.dtype = run.model.dtype == at::kFloat ? "float32" : "bfloat16";
   r.device = mesh.device().str();
   r.base_bytes = base_bytes(session.model());
-  r.training_bytes = session.store().num_local() * 4 * 4;  // masters, gradients, two moments, float32
+  const int64_t kept = gradient_sum(run.gradient_sum()).kept_bytes;
+  r.training_bytes = session.store().num_local() * (4 * 4 + kept);  // masters, gradients, two moments, float32
   r.gradient_bytes = gradients == bytes.end() ? 0 : gradients->second;
   return r;
 }

@@ -65,6 +65,7 @@ void read_data(const Section& s, DataConfig& d) {
 void read_parallel(const Section& s, ParallelConfig& p) {
   p.tensor = within<int64_t>(s, "tensor", s.get<int64_t>("tensor", p.tensor), 1, kMaxRanks);
   p.backend = s.get_choice("backend", default_backend(), backend_names());
+  p.gradient_dtype = s.get_choice("gradient_dtype", p.gradient_dtype, {"float32", "bfloat16"});
   p.shard_base = s.get_choice("shard_base", p.shard_base, shard_base_names());
 }
 
@@ -116,9 +117,31 @@ void read_train(const Section& s, TrainConfig& t, ModelOptions& model) {
   t.max_grad_norm = read_number(s, "max_grad_norm", t.max_grad_norm, 0, 1e30);
   t.seed = not_negative(s, "seed", s.get<int64_t>("seed", t.seed));
   model.checkpointing = checkpointing_of(s.get_choice("activation_checkpointing", "none", {"none", "mlp", "full"}));
-  if (s.get<bool>("reproducible", false)) {
+  t.reproducible = s.get<bool>("reproducible", t.reproducible);
+}
+
+void check_gradient_dtype(const Section& s, const RunConfig& run) {
+  if (run.parallel.gradient_dtype == "float32" || run.parallel.shard_base == "none") return;
+  if (!make_method(run.adapter)->trains_base()) return;
+  s.fail("gradient_dtype",
+         fmt::format("the gradients of weights that shard_base: {} shares go to their owners in float32; take float32, "
+                     "or shard_base: none",
+                     run.parallel.shard_base));
+}
+
+/// Bits that do not depend on the number of data-parallel ranks are those of small gradients, summed exactly.
+void check_reproducible(const Section& s, const RunConfig& run) {
+  if (!run.train.reproducible) return;
+  if (make_method(run.adapter)->trains_base()) {
     s.fail("reproducible",
-           "bits that do not depend on the number of data-parallel ranks are not built yet; leave it out");
+           fmt::format("method {} sums a gradient of every weight, which whole numbers would double; take an adapter "
+                       "method, or leave it out",
+                       run.adapter.method));
+  }
+  if (run.parallel.gradient_dtype != "float32") {
+    s.fail("reproducible", fmt::format("parallel.gradient_dtype {} rounds on each rank, so the number of ranks shows; "
+                                       "take float32, or leave one of the two out",
+                                       run.parallel.gradient_dtype));
   }
 }
 
@@ -157,10 +180,10 @@ std::string train_yaml(const TrainConfig& t, Checkpointing checkpointing) {
   return text + fmt::format(
                     "  global_batch_size: {}\n  micro_batch_size: {}\n  learning_rate: {}\n  lr_scheduler_type: {}\n"
                     "  weight_decay: {}\n  adam_beta1: {}\n  adam_beta2: {}\n  adam_epsilon: {}\n  max_grad_norm: {}\n"
-                    "  seed: {}\n  activation_checkpointing: {}\n  reproducible: false\n",
+                    "  seed: {}\n  activation_checkpointing: {}\n  reproducible: {}\n",
                     t.global_batch_size, t.micro_batch_size, t.learning_rate, t.lr_scheduler_type,
                     t.optimizer.weight_decay, t.optimizer.adamw.beta1, t.optimizer.adamw.beta2,
-                    t.optimizer.adamw.epsilon, t.max_grad_norm, t.seed, name_of(checkpointing));
+                    t.optimizer.adamw.epsilon, t.max_grad_norm, t.seed, name_of(checkpointing), t.reproducible);
 }
 
 }  // namespace
@@ -186,6 +209,8 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   read_data(file.section("data"), run.data);
   read_parallel(file.section("parallel"), run.parallel);
   read_train(file.section("train"), run.train, run.model);
+  check_gradient_dtype(file.section("parallel"), run);
+  check_reproducible(file.section("train"), run);
   if (run.data.packing && run.train.num_train_epochs.value_or(0) > kMaxPackedEpochs) {
     file.section("train").fail("num_train_epochs", fmt::format("{} is more than the {} that data.packing allows",
                                                                *run.train.num_train_epochs, kMaxPackedEpochs));
@@ -214,7 +239,8 @@ LoaderOptions RunConfig::loader_options(int dp_rank, int dp_size) const {
           train.global_batch_size,
           train.micro_batch_size,
           dp_rank,
-          dp_size};
+          dp_size,
+          /*uneven=*/train.reproducible};
 }
 
 Schedule RunConfig::schedule(int64_t total_steps) const {
@@ -225,7 +251,11 @@ Schedule RunConfig::schedule(int64_t total_steps) const {
 }
 
 std::string RunConfig::result_settings() const {
-  return model_yaml(model) + adapter_yaml(adapter) + data_yaml(data) + train_yaml(train, model.checkpointing);
+  const std::string text =
+      model_yaml(model) + adapter_yaml(adapter) + data_yaml(data) + train_yaml(train, model.checkpointing);
+  // The default is left out, as in the runs that were begun before there was a choice.
+  if (parallel.gradient_dtype == ParallelConfig().gradient_dtype) return text;
+  return text + "  gradient_dtype: " + parallel.gradient_dtype + "\n";
 }
 
 std::string RunConfig::yaml() const {
@@ -233,8 +263,8 @@ std::string RunConfig::yaml() const {
       model.path.empty() ? "shape: " + yaml::quoted(model.shape) : "path: " + yaml::quoted(model.path);
   std::string text = "model:\n  " + place + "\n" + model_yaml(model) + adapter_yaml(adapter);
   text += "data:\n" + data_files_yaml(data) + data_yaml(data) + train_yaml(train, model.checkpointing);
-  text += fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  shard_base: {}\n", parallel.tensor, parallel.backend,
-                      parallel.shard_base);
+  text += fmt::format("parallel:\n  tensor: {}\n  backend: {}\n  gradient_dtype: {}\n  shard_base: {}\n",
+                      parallel.tensor, parallel.backend, parallel.gradient_dtype, parallel.shard_base);
   if (!output_dir.empty()) text += "output_dir: " + yaml::quoted(output_dir) + "\n";
   text += fmt::format("logging_steps: {}\neval_steps: {}\nsave_steps: {}\nsave_total_limit: {}\nresume: {}\n",
                       logging_steps, eval_steps, save_steps, save_total_limit, yaml::quoted(resume));

@@ -21,8 +21,9 @@ struct DataConfig {
 
 struct ParallelConfig {
   int64_t tensor = 1;
-  std::string backend;              ///< resolved: mpi or nccl
-  std::string shard_base = "none";  ///< one of shard_base_names()
+  std::string backend;                     ///< resolved: mpi or nccl
+  std::string gradient_dtype = "float32";  ///< in which gradients travel: this or bfloat16
+  std::string shard_base = "none";         ///< one of shard_base_names()
 };
 
 struct TrainConfig {
@@ -37,6 +38,7 @@ struct TrainConfig {
   OptimizerOptions optimizer;
   double max_grad_norm = 1.0;
   int64_t seed = 42;
+  bool reproducible = false;  ///< no bit depends on the number of data-parallel ranks
 };
 
 /// A whole run as plain structs, valid after construction: every key read, checked for itself and against the others.
@@ -56,6 +58,10 @@ struct RunConfig {
   std::string resume = "auto";
 
   LoaderOptions loader_options(int dp_rank, int dp_size) const;
+  /// Bits of CPU products move with the number of threads, which goes with that of ranks.
+  bool one_thread() const { return train.reproducible && parallel.backend == "mpi"; }
+  /// How the gradients of a step are summed: a name of comm/gradient_sum.h.
+  std::string gradient_sum() const { return train.reproducible ? "exact" : parallel.gradient_dtype; }
   Schedule schedule(int64_t total_steps) const;
   /// The resolved run as YAML, every default written out; reading it gives this run again.
   std::string yaml() const;

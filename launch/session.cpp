@@ -78,7 +78,7 @@ Inference::Inference(RunConfig run, const std::vector<NamedAdapter>& adapters, b
   }
 }
 
-int share_cores(const World& world) {
+int share_cores(const World& world, bool one_thread) {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
   sched_getaffinity(0, sizeof allowed, &allowed);
@@ -86,11 +86,20 @@ int share_cores(const World& world) {
   // mpirun may already have bound each rank to cores of its own; then all of them are this rank's.
   const bool bound =
       world.local_size() > 1 && cores * world.local_size() <= static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  const int threads = std::getenv("OMP_NUM_THREADS") ? at::get_num_threads()
-                      : bound                        ? cores
-                                                     : std::max(1, cores / world.local_size());
+  const int threads = one_thread                       ? 1
+                      : std::getenv("OMP_NUM_THREADS") ? at::get_num_threads()
+                      : bound                          ? cores
+                                                       : std::max(1, cores / world.local_size());
   at::set_num_threads(threads);
   return threads;
+}
+
+std::unique_ptr<GradientSum> make_gradient_sum(Session& session) {
+  const ParameterStore& store = session.store();
+  const TrainConfig& train = session.run().train;
+  return gradient_sum(session.run().gradient_sum())
+      .make(session.mesh(), {store.gradients_of(GradientScope::everywhere), store.gradients_of(GradientScope::data),
+                             session.method().gradient_purpose(), train.global_batch_size / train.micro_batch_size});
 }
 
 }  // namespace corank

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "comm/backends.h"
+#include "comm/gradient_sum.h"
 #include "comm/mesh.h"
 #include "data/token_file.h"
 #include "launch/run_config.h"
@@ -71,7 +72,10 @@ class Inference {
   std::unique_ptr<AdapterSet> adapters_;
 };
 
-/// Shares the cores of this host among its ranks and returns the threads of this one.
-int share_cores(const World& world);
+/// Shares the cores of this host among its ranks and returns the threads of this one, at most one if asked to.
+int share_cores(const World& world, bool one_thread = false);
+
+/// How `session` sums its gradients.
+std::unique_ptr<GradientSum> make_gradient_sum(Session& session);
 
 }  // namespace corank

@@ -34,6 +34,30 @@ def ordinary_samples(count, length=12):
     return [((np.arange(length) * (i + 3) + i) % 70, np.arange(1, length)) for i in range(count)]
 
 
+class Reproducible(Case):
+    """Three micro-batches, which two ranks share unevenly; one rank might have used more threads."""
+
+    SETTINGS = ("train.max_steps=6", "eval_steps=6", "train.micro_batch_size=4")
+
+    def bits(self, ranks, *overrides, threads=1):
+        out = self.folder / f"{ranks}-{threads}-{len(overrides)}"
+        self.succeed(self.train(*self.SETTINGS, *overrides, ranks=ranks, threads=threads, out=out))
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [[r["loss"], r["grad_norm"], r.get("eval_loss")] for r in records], adapter_bytes(out)
+
+    def test_the_number_of_ranks_and_threads_leaves_no_trace(self):
+        exact = self.bits(1, "train.reproducible=true", threads=2)
+        for ranks in (2, 3):
+            self.assertEqual(self.bits(ranks, "train.reproducible=true"), exact)
+        self.assertNotEqual(self.bits(3), self.bits(1))
+
+    def test_gradients_travel_in_half_the_bytes(self):
+        report = json.loads(self.succeed(corank("bench", "comm", TINY, "parallel.gradient_dtype=bfloat16", "--json", ranks=2)))
+        plain = json.loads(self.succeed(corank("bench", "comm", TINY, "--json", ranks=2)))
+        for method, purpose in (("adapter", "adapter-gradients"), ("full", "weight-gradients")):
+            self.assertEqual(2 * report[method][purpose]["counted"], plain[method][purpose]["counted"])
+
+
 class ModelCase(Case):
     """A copy of a model folder, token files and a run file for both."""
 

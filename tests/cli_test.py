@@ -27,10 +27,10 @@ MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np"]
 TINY = "configs/tiny.yaml"
 
 
-def corank(*arguments, ranks=1):
+def corank(*arguments, ranks=1, threads=1):
     launcher = [*MPIRUN, str(ranks)] if ranks > 1 else []
-    return subprocess.run([*launcher, CORANK, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
-                          timeout=100)
+    return subprocess.run([*launcher, CORANK, *map(str, arguments)], cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},
+                          text=True, capture_output=True, timeout=100)
 
 
 def losses(folder):
@@ -47,8 +47,8 @@ class Case(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder)
         self.out = self.folder / "out"
 
-    def train(self, *overrides, ranks=1, out=None):
-        return corank("train", TINY, f"output_dir={out or self.out}", *overrides, ranks=ranks)
+    def train(self, *overrides, ranks=1, out=None, threads=1):
+        return corank("train", TINY, f"output_dir={out or self.out}", *overrides, ranks=ranks, threads=threads)
 
     def succeed(self, result):
         self.assertEqual(result.returncode, 0, result.stderr + result.stdout)

@@ -12,7 +12,7 @@
 
 #include "comm/backends.h"
 #include "comm/communicator.h"
-#include "comm/grad_reducer.h"
+#include "comm/gradient_sum.h"
 #include "comm/mpi_comm.h"
 #include "comm/mpi_communicator.h"
 #include "configs/error.h"
@@ -716,36 +716,149 @@ TEST_P(CommunicatorTest, MeshRefusesWhatDoesNotDivide) {
   }
 }
 
-TEST_P(CommunicatorTest, GradReducerSumsOverTheRightRanks) {
-  for (int tensor = 1; tensor <= comm_->size(); ++tensor) {
-    if (comm_->size() % tensor != 0) continue;
-    const Mesh mesh(make(GetParam(), ledger_), tensor);
-    const int world_rank = mesh.world().rank();
-    const at::Tensor everywhere = zeros({5}).fill_(1 << world_rank);
-    const at::Tensor data = zeros({7}).fill_(1 << world_rank);
-    GradReducer reducer(mesh, everywhere, data, Purpose::adapter_gradients);
-    const int64_t before = ledger_.at(Purpose::adapter_gradients).payload_bytes;
-    reducer.reduce();
-    int dp_sum = 0;
-    for (int rank = mesh.tp().rank(); rank < comm_->size(); rank += tensor) dp_sum += 1 << rank;
-    EXPECT_TRUE(everywhere.eq((1 << comm_->size()) - 1).all().item<bool>()) << everywhere;
-    EXPECT_TRUE(data.eq(dp_sum).all().item<bool>()) << data;
-    EXPECT_EQ(ledger_.at(Purpose::adapter_gradients).payload_bytes - before, reducer.payload_bytes());
-    EXPECT_EQ(reducer.payload_bytes(), (comm_->size() > 1 ? 20 : 0) + (mesh.dp().size() > 1 ? 28 : 0));
+// ---- sums of gradients
+
+constexpr const char* kSums[] = {"float32", "bfloat16", "exact"};
+
+std::unique_ptr<GradientSum> sum_of(const char* name, const Mesh& mesh, const at::Tensor& everywhere,
+                                    const at::Tensor& data, int64_t micro_batches = 1) {
+  return gradient_sum(name).make(mesh, {everywhere, data, Purpose::adapter_gradients, micro_batches});
+}
+
+TEST_P(CommunicatorTest, GradientSumIsOverTheRightRanks) {
+  for (const char* name : kSums) {
+    for (int tensor = 1; tensor <= comm_->size(); ++tensor) {
+      if (comm_->size() % tensor != 0) continue;
+      SCOPED_TRACE(std::string(name) + ", tp " + std::to_string(tensor));
+      const Mesh mesh(make(GetParam(), ledger_), tensor);
+      const int world_rank = mesh.world().rank();
+      const at::Tensor everywhere = zeros({5}).fill_(1 << world_rank);
+      const at::Tensor data = zeros({7}).fill_(1 << world_rank);
+      const auto sum = sum_of(name, mesh, everywhere, data);
+      sum->add_micro_batch(zeros({}, at::kDouble));
+      const int64_t before = ledger_.at(Purpose::adapter_gradients).payload_bytes;
+      sum->reduce();
+      int dp_sum = 0;
+      for (int rank = mesh.tp().rank(); rank < comm_->size(); rank += tensor) dp_sum += 1 << rank;
+      EXPECT_TRUE(everywhere.eq((1 << comm_->size()) - 1).all().item<bool>()) << everywhere;
+      EXPECT_TRUE(data.eq(dp_sum).all().item<bool>()) << data;
+      const auto bytes = [&](int64_t elements) { return gradient_sum(name).transfer(elements).payload_bytes(); };
+      EXPECT_EQ(ledger_.at(Purpose::adapter_gradients).payload_bytes - before,
+                (comm_->size() > 1 ? bytes(5) : 0) + (mesh.dp().size() > 1 ? bytes(7) : 0));
+    }
   }
 }
 
-TEST_P(CommunicatorTest, GradReducerTakesEmptyPartsAndRefusesWrongOnes) {
+TEST_P(CommunicatorTest, GradientSumTakesEmptyPartsAndRefusesWrongOnes) {
   const Mesh mesh(make(GetParam(), ledger_), 1);
-  GradReducer reducer(mesh, zeros({0}), zeros({0}), Purpose::weight_gradients);
-  reducer.reduce();
-  EXPECT_EQ(reducer.payload_bytes(), 0);
-  const Purpose good = Purpose::adapter_gradients;
-  EXPECT_THROW(GradReducer(mesh, zeros({2, 2}), zeros({0}), good), InternalError);
-  EXPECT_THROW(GradReducer(mesh, zeros({0}), zeros({4}, at::kBFloat16), good), InternalError);
-  EXPECT_THROW(GradReducer(mesh, {}, zeros({4}), good), InternalError);
-  EXPECT_THROW(GradReducer(mesh, zeros({8}).slice(0, 0, 8, 2), zeros({0}), good), InternalError);
-  EXPECT_THROW(GradReducer(mesh, zeros({4}), zeros({0}), Purpose::startup), InternalError);
+  const int64_t before = ledger_.at(Purpose::adapter_gradients).calls;
+  for (const char* name : kSums) {
+    const auto sum = sum_of(name, mesh, zeros({0}), zeros({0}));
+    sum->add_micro_batch(zeros({}, at::kDouble));
+    sum->reduce();
+    EXPECT_THROW(sum_of(name, mesh, zeros({2, 2}), zeros({0})), InternalError);
+    EXPECT_THROW(sum_of(name, mesh, zeros({0}), zeros({4}, at::kBFloat16)), InternalError);
+    EXPECT_THROW(sum_of(name, mesh, {}, zeros({4})), InternalError);
+    EXPECT_THROW(sum_of(name, mesh, zeros({8}).slice(0, 0, 8, 2), zeros({0})), InternalError);
+    EXPECT_THROW(gradient_sum(name).make(mesh, {zeros({4}), zeros({0}), Purpose::startup}), InternalError);
+  }
+  EXPECT_EQ(ledger_.at(Purpose::adapter_gradients).calls, before);
+  EXPECT_THROW(gradient_sum("float16"), InternalError);
+}
+
+/// The gradient of micro-batch `k`, over three decades.
+at::Tensor gradient_of(int64_t k, at::Device device) {
+  const at::Tensor i = at::arange(1000, at::TensorOptions(at::kDouble).device(device));
+  return ((i * 12.9898 + static_cast<double>(k) * 78.233).sin() * (i / 100 - 8).exp2()).to(at::kFloat);
+}
+
+/// The sum over those micro-batches that `rank_of` deals out to `mesh`.
+at::Tensor summed(const char* name, const Mesh& mesh, int64_t micro_batches,
+                  const std::function<int(int64_t)>& rank_of) {
+  const at::Tensor data = at::zeros({1000}, mesh.device()), none = at::zeros({0}, mesh.device());
+  const auto sum = sum_of(name, mesh, none, data, micro_batches);
+  for (int64_t k = 0; k < micro_batches; ++k) {
+    if (rank_of(k) != mesh.dp().rank()) continue;
+    data.add_(gradient_of(k, mesh.device()));
+    sum->add_micro_batch(at::zeros({}, data.options().dtype(at::kDouble)));
+  }
+  sum->reduce();
+  return data.to(at::kCPU);
+}
+
+/// The test of the test: in float32 the order shows.
+TEST_P(CommunicatorTest, ExactSumIsTheSameBitsWhoeverHasWhichMicroBatch) {
+  constexpr int64_t kMicroBatches = 12;
+  const Mesh mesh(make(GetParam(), ledger_), 1);
+  const int ranks = mesh.dp().size();
+  const auto differs = [&](const char* name) {
+    const auto by_turns = summed(name, mesh, kMicroBatches, [&](int64_t k) { return static_cast<int>(k % ranks); });
+    const auto backwards =
+        summed(name, mesh, kMicroBatches, [&](int64_t k) { return ranks - 1 - static_cast<int>(k % ranks); });
+    const auto alone = summed(name, mesh, kMicroBatches, [](int64_t) { return 0; });
+    return !at::equal(by_turns, backwards) || !at::equal(by_turns, alone);
+  };
+  EXPECT_FALSE(differs("exact"));
+  if (ranks > 1) {
+    EXPECT_TRUE(differs("float32"));
+  }
+  const at::Tensor exact = summed("exact", mesh, kMicroBatches, [](int64_t) { return 0; });
+  at::Tensor wide = at::zeros({1000}, at::kDouble);
+  for (int64_t k = 0; k < kMicroBatches; ++k) wide += gradient_of(k, mesh.device()).to(at::kCPU);
+  EXPECT_TRUE(at::allclose(exact.to(at::kDouble), wide, 6.1e-8, 1e-13)) << "rounded once";
+}
+
+TEST_P(CommunicatorTest, ExactSumIsInfiniteWhereANumberIsNotFiniteOrTooLarge) {
+  const Mesh mesh(make(GetParam(), ledger_), 1);
+  const at::Tensor everywhere = zeros({3}), data = zeros({3});
+  const auto sum = sum_of("exact", mesh, everywhere, data, 2);
+  const auto reduced = [&](double number) {
+    data.fill_(1);
+    if (mesh.dp().rank() == mesh.dp().size() - 1) data[1].fill_(number);
+    sum->add_micro_batch(zeros({}, at::kDouble));
+    sum->reduce();
+    const double norm = data.norm().item<double>() + everywhere.norm().item<double>();
+    everywhere.zero_();
+    return norm;
+  };
+  for (const double number : {std::nan(""), HUGE_VAL, -HUGE_VAL, 1e30, 8192.0, -8192.0}) {
+    EXPECT_EQ(reduced(number), HUGE_VAL) << number;
+  }
+  EXPECT_LT(reduced(8191), 1e5) << "nothing is left of the steps before";
+  const at::Tensor loss = at::full({}, std::nan(""), data.options().dtype(at::kDouble));
+  EXPECT_TRUE(std::isnan(sum->add_micro_batch(loss).item<double>()));
+}
+
+/// What rounding drops in one step comes with the next: the mean over many steps is that of float32. Each element is
+/// one rank's, so that the collective itself rounds nothing.
+TEST_P(CommunicatorTest, Bfloat16SumLosesNothingOverTheSteps) {
+  constexpr int kManySteps = 64;
+  const Mesh mesh(make(GetParam(), ledger_), 1);
+  const at::Tensor none = zeros({0}), data = zeros({100});
+  const auto sum = sum_of("bfloat16", mesh, none, data);
+  const at::Tensor i = at::arange(100, data.options()), all = (i + 1) / 77;
+  const at::Tensor own = all * i.remainder(mesh.dp().size()).eq(mesh.dp().rank());
+  at::Tensor total = at::zeros_like(data), worst_once;
+  for (int step = 0; step < kManySteps; ++step) {
+    data.copy_(own);
+    sum->reduce();
+    if (step == 0) worst_once = (data / all - 1).abs().max();
+    total += data;
+    sum->end_step(true);
+  }
+  const double worst = (total / all / kManySteps - 1).abs().max().item<double>();
+  if (mesh.dp().size() == 1) {
+    EXPECT_EQ(sum->carried().abs().max().item<float>(), 0) << "nothing travels";
+    return;
+  }
+  EXPECT_GT(worst_once.item<double>(), 1e-3) << "bfloat16 has 8 bits";
+  EXPECT_LT(worst, 2.0 * 0x1p-8 / kManySteps);
+  const at::Tensor carried = sum->carried().clone();
+  EXPECT_GT(carried.abs().max().item<float>(), 0);
+  data.copy_(own);
+  sum->reduce();
+  sum->end_step(false);
+  EXPECT_TRUE(at::equal(sum->carried(), carried)) << "a step without an update leaves no trace";
 }
 
 // ---- What is not per backend

@@ -98,8 +98,8 @@ Weights state_of(TinyRun& run) {
 }
 
 Checkpoints checkpoints_of(TinyRun& run, DiskStorage& disk, const std::string& folder) {
-  return {disk,           folder,     {"same run", run.method->config(), "tiny"}, {1}, run.mesh, run.store,
-          *run.optimizer, *run.method};
+  return {disk,     folder,     {"same run", run.method->config(), "tiny"}, {1}, run.mesh, run.store, *run.optimizer,
+          *run.sum, *run.method};
 }
 
 /// Full fine-tuning leaves no folder of an adapter; that of PiSSA is one on W, which is quantised otherwise than
@@ -223,7 +223,7 @@ TEST(Gradients, NormIsThatOfTheFullGradients) {
       TinyRun run(&test_world(), tensor, {{method, small(method)}, "none"});
       losses_of(run, 1);
       accumulate(run, run.batches.next());
-      run.reducer->reduce();
+      run.sum->reduce();
       std::vector<at::Tensor> all;
       for (const auto& entry : run.store.gather(run.store.gradients(), run.mesh.tp())) {
         all.push_back(entry.second.flatten());

@@ -52,8 +52,7 @@ class Families : public testing::TestWithParam<Setting> {
       const double rate = full() ? 1e-4 : lr_at({"cosine", 1e-3, 3, 20}, step);
       const Ledger::Snapshot before = run.ledger.snapshot();
       losses.push_back(run.step(batches, step, rate, full() ? 0 : 1).loss);
-      expect_bytes(difference(run.ledger.snapshot(), before),
-                   predicted_bytes(run, options_, adapter_, batches, step, /*asked=*/false),
+      expect_bytes(difference(run.ledger.snapshot(), before), predicted_bytes(run, options_, adapter_, batches, step),
                    "in step " + std::to_string(step));
     }
     return losses;

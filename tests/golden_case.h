@@ -38,10 +38,10 @@ class Golden {
       for (const nlohmann::json& index : all[i]) sequences.push_back({sample(index.get<int64_t>())});
       const int64_t start = first;
       first += static_cast<int64_t>(sequences.size());
-      if (i % dp_size != dp_rank) continue;
-      step.micro_batches.push_back(make_batch(sequences, start, 512));
-      step.num_targets += step.micro_batches.back().num_targets();
-      step.num_tokens += step.micro_batches.back().num_tokens();
+      const Batch batch = make_batch(sequences, start, 512);
+      step.num_targets += batch.num_targets();
+      step.num_tokens += batch.num_tokens();
+      if (i % dp_size == dp_rank) step.micro_batches.push_back(batch);
     }
     return step;
   }

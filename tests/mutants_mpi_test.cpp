@@ -141,8 +141,7 @@ TEST(Mutants, ReplicatedFactorsWhoseGradientsAreNotSummedOverTp) {
   for (const char* method : {"lora", "dora", "adalora", "mora", "pissa"}) {
     TinyRun right(&test_world(), ranks(), plain(method)), wrong(&test_world(), ranks(), plain(method));
     const at::Tensor all = wrong.store.gradients();
-    wrong.reducer =
-        std::make_unique<GradReducer>(wrong.mesh, all.narrow(0, 0, 0), all, wrong.method->gradient_purpose());
+    wrong.sum = plain_sum().make(wrong.mesh, {all.narrow(0, 0, 0), all, wrong.method->gradient_purpose()});
     EXPECT_LT(layout_deviation(plain(method), losses_of(right, 3)), kSingle) << method;
     EXPECT_EQ(unequal_replicas(right.mesh, right.store), std::vector<std::string>{}) << method;
     EXPECT_GT(layout_deviation(plain(method), losses_of(wrong, 3)), 2 * kSingle) << method;

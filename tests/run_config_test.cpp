@@ -61,6 +61,12 @@ TEST(Refusals, MethodsAndKeysThatDoNotBelongTogether) {
       {{"adapter.pissa_niter=4"}, {"adapter.pissa_niter", "pissa", "lora"}},
       {{"adapter.method=full", "adapter.modules_to_save=[lm_head]"}, {"adapter.modules_to_save", "full"}},
       {{"adapter.method=full", "adapter.loraplus_lr_ratio=16"}, {"adapter.loraplus_lr_ratio", "full"}},
+      {{"adapter.method=full", "train.reproducible=true"}, {"train.reproducible", "method full", "an adapter method"}},
+      {{"parallel.gradient_dtype=bfloat16", "train.reproducible=true"},
+       {"train.reproducible", "parallel.gradient_dtype bfloat16", "float32"}},
+      {{"adapter.method=full", "parallel.shard_base=dp", "parallel.gradient_dtype=bfloat16"},
+       {"parallel.gradient_dtype", "shard_base: dp", "float32"}},
+      {{"parallel.gradient_dtype=float16"}, {"parallel.gradient_dtype", "float32, bfloat16"}},
   };
   for (const auto& [overrides, words] : refusals) {
     const std::string said = run_complaint(overrides);
@@ -143,6 +149,18 @@ TEST(Methods, ARunFilesKeysAreCheckedBesideThoseOfItsAdapter) {
   }
 }
 
+TEST(Identity, HoldsHowGradientsAreSummed) {
+  const auto settings = [](const Overrides& overrides) {
+    return read_run(repository("configs/tiny.yaml"), overrides).result_settings();
+  };
+  const Overrides exact{"train.reproducible=true"};
+  EXPECT_EQ(settings({"parallel.gradient_dtype=float32"}), settings({}));
+  EXPECT_EQ(settings({"train.reproducible=false"}), settings({}));
+  EXPECT_NE(settings({"parallel.gradient_dtype=bfloat16"}), settings({}));
+  EXPECT_NE(settings(exact), settings({}));
+  EXPECT_NE(settings(exact + Overrides{"train.micro_batch_size=2"}), settings(exact));
+}
+
 // ---- every key of the run file
 
 enum class Kind { text, name, whole, number, flag, list, numbers, map, pattern };
@@ -168,6 +186,7 @@ std::vector<Key> all_keys() {
       {"data", "shuffle", Kind::flag},
       {"parallel", "tensor", Kind::whole},
       {"parallel", "backend", Kind::name},
+      {"parallel", "gradient_dtype", Kind::name},
       {"parallel", "shard_base", Kind::name},
       {"train", "max_steps", Kind::whole},
       {"train", "num_train_epochs", Kind::number},

@@ -46,7 +46,7 @@ Outcome train(const std::string& shard_base, const AdapterConfig& adapter, Model
     const Ledger::Snapshot before = run.ledger.snapshot();
     outcome.losses.push_back(run.step(next, step, 1e-2).loss);
     const auto counted = difference(run.ledger.snapshot(), before);
-    expect_bytes(counted, predicted_bytes(run, options, adapter, next, step, /*asked=*/false),
+    expect_bytes(counted, predicted_bytes(run, options, adapter, next, step),
                  adapter.method + " " + options.quantization);
   }
   outcome.masters = run.store.masters().clone();

@@ -28,26 +28,27 @@ std::unique_ptr<Communicator> all_ranks(const World& world, Ledger& ledger) {
 }
 #endif
 
-std::unique_ptr<Communicator> checked_ranks(const World* world, Ledger& ledger) {
+std::unique_ptr<Communicator> checked_ranks(const World* world, Ledger& ledger, int parts) {
   auto ranks = world ? all_ranks(*world, ledger) : make_solo_communicator(own_device(), ledger);
   ranks->set_cross_check(true);
+  if (parts > 1) ranks = ranks->split(ranks->rank() * parts / ranks->size(), "world");
   return ranks;
 }
 
 /// Ends the groups after the last test, while MPI and CUDA are still up.
 class SharedMeshes : public testing::Environment {
  public:
-  SharedMesh& at(const World* world, int tensor) {
+  SharedMesh& at(const World* world, int tensor, int parts) {
     // A process alone stays on the device that is current: the first group of several ranks changes it.
     const int device = world ? -1 : own_device().index();
-    std::unique_ptr<SharedMesh>& mesh = meshes_[{world, tensor, device}];
-    if (!mesh) mesh = std::make_unique<SharedMesh>(world, tensor);
+    std::unique_ptr<SharedMesh>& mesh = meshes_[{world, tensor, parts, device}];
+    if (!mesh) mesh = std::make_unique<SharedMesh>(world, tensor, parts);
     return *mesh;
   }
   void TearDown() override { meshes_.clear(); }
 
  private:
-  std::map<std::tuple<const World*, int, int>, std::unique_ptr<SharedMesh>> meshes_;
+  std::map<std::tuple<const World*, int, int, int>, std::unique_ptr<SharedMesh>> meshes_;
 };
 
 // GoogleTest owns it.
@@ -55,9 +56,9 @@ SharedMeshes& meshes = static_cast<SharedMeshes&>(*testing::AddGlobalTestEnviron
 
 }  // namespace
 
-SharedMesh::SharedMesh(const World* world, int tensor) : mesh(checked_ranks(world, ledger), tensor) {}
+SharedMesh::SharedMesh(const World* world, int tensor, int parts) : mesh(checked_ranks(world, ledger, parts), tensor) {}
 
-SharedMesh& shared_mesh(const World* world, int tensor) { return meshes.at(world, tensor); }
+SharedMesh& shared_mesh(const World* world, int tensor, int parts) { return meshes.at(world, tensor, parts); }
 
 void set_cross_check(const Mesh& mesh, bool on) {
   for (Communicator* group : {&mesh.world(), &mesh.dp(), &mesh.tp()}) group->set_cross_check(on);
@@ -72,14 +73,20 @@ double relative_error(const at::Tensor& a, const at::Tensor& b) {
 
 TrainingRun::TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
                          OptimizerOptions optimizer_options, uint64_t seed, const SavedAdapter* file)
-    : ledger(shared_mesh(world, tensor).ledger), mesh(shared_mesh(world, tensor).mesh), dropout(seed, mesh.device()) {
+    : TrainingRun(shared_mesh(world, tensor), std::move(options), adapter, "float32", optimizer_options, seed, file) {}
+
+TrainingRun::TrainingRun(SharedMesh& shared, ModelOptions options, const AdapterConfig& adapter, const std::string& how,
+                         OptimizerOptions optimizer_options, uint64_t seed, const SavedAdapter* file)
+    : ledger(shared.ledger), mesh(shared.mesh), how_to_sum(how), dropout(seed, mesh.device()) {
   options.device = mesh.device();
   model = load_model(options, mesh.tp());
   method = make_method(adapter);
   start_method(*method, *model, store, mesh, options.dtype, seed, file);
   optimizer = std::make_unique<Optimizer>(store, optimizer_options);
-  reducer = std::make_unique<GradReducer>(mesh, store.gradients_of(GradientScope::everywhere),
-                                          store.gradients_of(GradientScope::data), method->gradient_purpose());
+  constexpr int64_t kMostMicroBatches = 64;
+  sum = gradient_sum(how).make(mesh,
+                               {store.gradients_of(GradientScope::everywhere), store.gradients_of(GradientScope::data),
+                                method->gradient_purpose(), kMostMicroBatches});
 }
 
 StepStats TrainingRun::step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm) {
@@ -109,17 +116,12 @@ Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot&
 }
 
 Ledger::Snapshot predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
-                                 const StepBatches& batches, int64_t step, bool asked) {
+                                 const StepBatches& batches, int64_t step) {
   std::vector<BatchSize> sizes;
   for (const Batch& batch : batches.micro_batches) sizes.push_back({batch.num_tokens(), batch.num_targets()});
-  auto collectives =
-      predict_step(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(), run.mesh.dp().size(),
-                   static_cast<int>(at::elementSize(model.dtype)), model.checkpointing, sizes, step);
-  if (!asked) {
-    std::erase_if(collectives, [](const StepCollective& one) {
-      return one.purpose == Purpose::data_control && one.axis == Axis::world;
-    });
-  }
+  const auto collectives = predict_step(traffic_shape(*run.model, adapter), adapter, run.mesh.tp().size(),
+                                        run.mesh.dp().size(), static_cast<int>(at::elementSize(model.dtype)),
+                                        model.checkpointing, sizes, step, gradient_sum(run.how_to_sum));
   return traffic_by_purpose(collectives, [&](Axis axis) { return run.mesh.group(axis).ring(); });
 }
 

@@ -25,7 +25,7 @@ double relative_error(const at::Tensor& a, const at::Tensor& b);
 
 /// The ranks of a program as a mesh, and what they have sent since it began: look at differences.
 struct SharedMesh {
-  SharedMesh(const World* world, int tensor);
+  SharedMesh(const World* world, int tensor, int parts);
 
   Ledger ledger;
   Mesh mesh;
@@ -33,8 +33,9 @@ struct SharedMesh {
 
 /// Collective over `world` (null: this process alone). Made for the first that asks, then shared until the program
 /// ends: NCCL takes a second and more for every group. The backend is this build's, MPI or, in the tests of GPUs, NCCL;
-/// cross-check is on. MPI ranks count as those of two hosts by turns, so that groups of each kind span hosts.
-SharedMesh& shared_mesh(const World* world, int tensor);
+/// cross-check is on. MPI ranks count as those of two hosts by turns, so that groups of each kind span hosts. `parts`:
+/// the ranks are as many meshes of equal size, of which this rank is in one.
+SharedMesh& shared_mesh(const World* world, int tensor, int parts = 1);
 
 /// Of all groups of `mesh`; alike on all ranks.
 void set_cross_check(const Mesh& mesh, bool on);
@@ -43,8 +44,11 @@ void set_cross_check(const Mesh& mesh, bool on);
 struct TrainingRun {
   TrainingRun(const World* world, int tensor, ModelOptions options, const AdapterConfig& adapter,
               OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
+  /// Gradients are summed as `how` says (comm/gradient_sum.h).
+  TrainingRun(SharedMesh& shared, ModelOptions options, const AdapterConfig& adapter, const std::string& how,
+              OptimizerOptions optimizer = {}, uint64_t seed = 42, const SavedAdapter* file = nullptr);
 
-  StepParts parts() { return {mesh, *model, *method, store, *optimizer, *reducer, dropout}; }
+  StepParts parts() { return {mesh, *model, *method, store, *optimizer, *sum, dropout}; }
   StepStats step(const StepBatches& batches, int64_t number, double learning_rate, double max_grad_norm = 1.0);
 
   Ledger& ledger;    ///< shared
@@ -53,7 +57,8 @@ struct TrainingRun {
   std::unique_ptr<AdapterMethod> method;
   ParameterStore store;
   std::unique_ptr<Optimizer> optimizer;
-  std::unique_ptr<GradReducer> reducer;
+  std::string how_to_sum;
+  std::unique_ptr<GradientSum> sum;
   DropoutKeys dropout;
 };
 
@@ -62,10 +67,9 @@ double accumulate(TrainingRun& run, const StepBatches& batches);
 
 Ledger::Snapshot difference(const Ledger::Snapshot& now, const Ledger::Snapshot& before);
 
-/// Traffic of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`, as predicted; the trainer's
-/// question whether to stop included where it is `asked`.
+/// Traffic of this rank in step `step` of `run` (of `model` and `adapter`) on `batches`, as predicted.
 Ledger::Snapshot predicted_bytes(const TrainingRun& run, const ModelOptions& model, const AdapterConfig& adapter,
-                                 const StepBatches& batches, int64_t step, bool asked = true);
+                                 const StepBatches& batches, int64_t step);
 /// By purpose and link, to the byte.
 void expect_bytes(const Ledger::Snapshot& counted, const Ledger::Snapshot& predicted, const std::string& what);
 

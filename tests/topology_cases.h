@@ -89,7 +89,7 @@ struct Job {
       : run(world, tensor, placed(setting, world, tensor), adapter(setting)),
         batches(data, loader(setting, run.mesh)),
         checkpoints(disk, folder, {"same run", adapter(setting), "tiny"}, {}, run.mesh, run.store, *run.optimizer,
-                    *run.method),
+                    *run.sum, *run.method),
         options{.schedule = {"constant", rate(setting), 0, kSteps}} {}
 
   /// Collective. The newest checkpoint, or that at `path`, is loaded; step 0 where there is none.
@@ -136,7 +136,7 @@ std::vector<StepRecord> alone(const Setting& setting, const TokenFile& data) {
   return job.records.steps;
 }
 
-/// The bytes of every step of this rank, the question of the trainer included.
+/// The bytes of every step of this rank.
 std::vector<Ledger::Snapshot> predicted_bytes(const Setting& setting, const TrainingRun& run, const TokenFile& data) {
   Loader batches(data, loader(setting, run.mesh));
   std::vector<Ledger::Snapshot> steps;
@@ -192,10 +192,14 @@ TEST_P(Topology, SameLossesEqualReplicasAndPredictedBytesInEveryLayout) {
     const auto predicted = predicted_bytes(setting, job.run, data_);
     const TrainingState start = job.start();
     const Ledger::Snapshot before = ledger.snapshot();
-    job.train(start, [&](int64_t step) {
+    const auto expect_equal_replicas = [&](int64_t step) {
       EXPECT_EQ(unequal_replicas(job.run.mesh, job.run.store), std::vector<std::string>{}) << "after step " << step;
+    };
+    job.train(start, [&](int64_t step) {
+      expect_equal_replicas(step - 1);
       return false;
     });
+    expect_equal_replicas(kSteps);
     expect_same_steps(job.records.steps, expected, setting.bound());
     for (const StepRecord& record : job.records.steps) {
       expect_bytes(of_steps(record.bytes), predicted[record.step - 1], "as reported");
@@ -224,25 +228,21 @@ class Resume : public testing::TestWithParam<Setting> {
   TokenFile data_{repository("configs/tiny/train.h5")};
 };
 
-/// Stopped and started again and again, as by signals. `stop` is asked behind the update, before the method's own end
-/// of the step.
+/// Stopped and started again and again, as by signals. `stop` is asked before a step's update.
 TEST_P(Resume, AtAnyStepIsTheStraightRunToTheBit) {
-  std::vector<at::Tensor> straight{at::Tensor()};  // by step
+  std::vector<at::Tensor> straight;  // by steps done
   const SharedFolder folder(test_world()), interrupted(test_world());
   Job whole = job(mixed(), folder);
   whole.train(whole.start(), [&](int64_t /*step*/) {
     straight.push_back(whole.parameters());
     return false;
   });
+  straight.push_back(whole.parameters());
   for (const int64_t stop : {1, 3, 5, 6}) {
     Job part = job(mixed(), interrupted);
-    at::Tensor last;
-    const TrainingState reached = part.train(part.start(), [&](int64_t step) {
-      last = part.parameters();
-      return step == stop;
-    });
+    const TrainingState reached = part.train(part.start(), [&](int64_t step) { return step == stop; });
     EXPECT_EQ(reached.step, stop);
-    EXPECT_TRUE(at::equal(last, straight[stop])) << "stopped in step " << stop;
+    EXPECT_TRUE(at::equal(part.parameters(), straight[stop])) << "stopped in step " << stop;
   }
 }
 

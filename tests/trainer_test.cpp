@@ -40,7 +40,7 @@ struct OneRun {
         batches(data, kOrder),
         held_out(evaluation_batches(data, kOrder)),
         identity{"this run", AdapterConfig(), "tiny"},
-        checkpoints(storage, folder, identity, {2}, run.mesh, run.store, *run.optimizer, *run.method) {}
+        checkpoints(storage, folder, identity, {2}, run.mesh, run.store, *run.optimizer, *run.sum, *run.method) {}
 
   Trainer trainer(std::vector<Observer*> observers, const TrainerOptions& options) {
     return {run.parts(), batches, held_out, checkpoints, run.ledger, std::move(observers), options};
@@ -127,8 +127,8 @@ class Saves : public testing::Test {
   }
 
   Checkpoints through(Storage& storage) {
-    return {storage,       folder_.path(), one_.identity,       {2},
-            one_.run.mesh, one_.run.store, *one_.run.optimizer, *one_.run.method};
+    return {storage,       folder_.path(),  one_.identity, {2}, one_.run.mesh, one_.run.store, *one_.run.optimizer,
+            *one_.run.sum, *one_.run.method};
   }
   std::string path(int64_t step) const { return folder_.path("checkpoint-" + std::to_string(step)); }
   bool whole(int64_t step) const {
@@ -295,14 +295,14 @@ class Tenant {
     }
     exchange();
     optimizer_ = std::make_unique<Optimizer>(store_, OptimizerOptions());
-    reducer_ = std::make_unique<GradReducer>(mesh, store_.gradients_of(GradientScope::everywhere),
-                                             store_.gradients_of(GradientScope::data), method_->gradient_purpose());
+    sum_ = plain_sum().make(mesh, {store_.gradients_of(GradientScope::everywhere),
+                                   store_.gradients_of(GradientScope::data), method_->gradient_purpose()});
     batches_ = std::make_unique<Loader>(data_, kOrder);
   }
 
   double step(int64_t number) {
     exchange();
-    const StepParts parts{mesh_, model_, *method_, store_, *optimizer_, *reducer_, dropout_};
+    const StepParts parts{mesh_, model_, *method_, store_, *optimizer_, *sum_, dropout_};
     const double loss = train_step(parts, batches_->next(), number, {1e-2, 1.0}).loss;
     exchange();
     return loss;
@@ -322,7 +322,7 @@ class Tenant {
   std::vector<std::pair<AdaptedLinear*, std::unique_ptr<Adapter>>> adapters_;
   std::vector<std::pair<ops::Weight*, ops::Weight>> saved_;
   std::unique_ptr<Optimizer> optimizer_;
-  std::unique_ptr<GradReducer> reducer_;
+  std::unique_ptr<GradientSum> sum_;
   DropoutKeys dropout_{42, at::kCPU};
   TokenFile data_;
   std::unique_ptr<Loader> batches_;

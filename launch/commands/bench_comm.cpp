@@ -110,13 +110,14 @@ bool all_equal(const Report& report) {
 }
 
 int run_bench_comm(const CommandLine& line, const World& world) {
-  share_cores(world);
   const RunConfig run = read_run(line.run_file, line.overrides);
+  share_cores(world, run.one_thread());
   check_together(check_bench, run, world);
   RunConfig full_run = run;
   full_run.adapter = {};
   full_run.adapter.method = "full";
   full_run.adapter_keys.clear();
+  full_run.train.reproducible = false;
   full_run.model.quantization = "none";  // the bytes sent do not depend on it, and only dense weights train
   const Report adapter = measure(run, world), full = measure(full_run, world);
   if (world.rank() != 0) return 0;

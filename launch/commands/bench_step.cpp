@@ -44,8 +44,8 @@ double median(std::vector<double> values) {
 }
 
 int run_bench_step(const BenchStepArguments& a, const World& world) {
-  const int threads = share_cores(world);
   const RunConfig run = read_run(a.run_file, a.overrides);
+  const int threads = share_cores(world, run.one_thread());
   check_together(check_bench, run, world);
   Session session(run, world);
   if (session.leader()) Console(session, a.json).introduce(start_record(session, world, threads));

@@ -15,8 +15,8 @@ namespace corank {
 namespace {
 
 int run_eval(const CommandLine& command, const World& world) {
-  share_cores(world);
   RunConfig run = read_run(command.run_file, command.overrides);
+  share_cores(world, run.one_thread());
   run = with_trained_adapter(run, run.model.quantization != "none");
   check_together(check_evaluation, run, world);
   Session session(run, world);

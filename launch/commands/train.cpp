@@ -52,12 +52,11 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
   const RunConfig& run = session.run();
   const Mesh& mesh = session.mesh();
   Optimizer optimizer(session.store(), run.train.optimizer);
-  GradReducer reducer(mesh, session.store().gradients_of(GradientScope::everywhere),
-                      session.store().gradients_of(GradientScope::data), session.method().gradient_purpose());
+  const auto sum = make_gradient_sum(session);
   const RunIdentity identity = identity_of(run, data);
   std::unique_ptr<FolderLock> lock;  // rank 0's
   on_rank_0(mesh.world(), [&] { lock = claim_output(run, identity, storage); });
-  Checkpoints checkpoints(storage, run.output_dir, identity, retention_of(run), mesh, session.store(), optimizer,
+  Checkpoints checkpoints(storage, run.output_dir, identity, retention_of(run), mesh, session.store(), optimizer, *sum,
                           session.method());
 
   const LoaderOptions order = run.loader_options(mesh.dp().rank(), mesh.dp().size());
@@ -68,7 +67,7 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
   const auto metrics = metrics_file(storage, run.output_dir + "/metrics.jsonl");
   observers.push_back(metrics.get());
   DropoutKeys dropout(static_cast<uint64_t>(run.train.seed), mesh.device());
-  const StepParts parts{mesh, session.model(), session.method(), session.store(), optimizer, reducer, dropout};
+  const StepParts parts{mesh, session.model(), session.method(), session.store(), optimizer, *sum, dropout};
   Trainer trainer(parts, loader, eval_batches, checkpoints, session.ledger(), observers,
                   {run.schedule(total), run.train.max_grad_norm, run.logging_steps, run.eval_steps, run.save_steps});
   const TrainingState start = trainer.start(about, run.resume);
@@ -77,8 +76,8 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
 }
 
 int run_train(const CommandLine& line, const World& world, Storage& storage) {
-  const int threads = share_cores(world);
   RunConfig run = read_run(line.run_file, line.overrides);
+  const int threads = share_cores(world, run.one_thread());
   check_together(check_training, run, world);
   const TokenFile data(run.data.train);
   const int64_t total = total_steps(run, data);

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "comm/agree.h"
+#include "configs/error.h"
 #include "data/file.h"
 #include "data/h5.h"
 #include "data/storage.h"
@@ -32,6 +33,38 @@ std::string state_image(const TrainingState& state, const std::string& identity,
   return file.finish();
 }
 
+/// Where what one rank carries on lies in state.h5. Its layout is that of a rank under this tensor-parallel size.
+std::string carried_group(const Mesh& mesh) { return fmt::format("carried-tensor-{}", mesh.tp().size()); }
+
+/// Collective over the world. What each rank carries on, by rank.
+StateTensors collect_carried(const Mesh& mesh, const GradientSum& sum) {
+  StateTensors by_rank;
+  const at::Tensor own = sum.carried();
+  for (int rank = 0; own.defined() && rank < mesh.world().size(); ++rank) {
+    const at::Tensor one = own.clone();
+    mesh.world().broadcast(one, rank, Purpose::checkpoint);
+    by_rank.emplace_back(std::to_string(rank), one.to(at::kCPU));
+  }
+  return by_rank;
+}
+
+/// Deals what the saved ranks carried on to those of today, which may be more or fewer over data: only the sum counts.
+void deal_carried(const h5::Reader& file, const Mesh& mesh, const GradientSum& sum) {
+  const at::Tensor own = sum.carried();
+  if (!own.defined()) return;
+  const auto name = [&](int rank) { return fmt::format("{}/{}", carried_group(mesh), rank); };
+  if (!file.has(name(0))) {
+    throw ConfigError(fmt::format(
+        "{}: holds what was left of gradients that travelled in bfloat16, by rank, under another parallel.tensor than "
+        "{}. Go on with the one that saved it.",
+        file.origin(), mesh.tp().size()));
+  }
+  own.zero_();
+  for (int rank = 0; file.has(name(rank)); ++rank) {
+    if (rank % mesh.world().size() == mesh.world().rank()) own.add_(file.read(name(rank)).to(own.device()));
+  }
+}
+
 Manifest::File describe(const std::string& name, const std::string& bytes) {
   return {name, static_cast<int64_t>(bytes.size()), sha256(bytes)};
 }
@@ -39,7 +72,8 @@ Manifest::File describe(const std::string& name, const std::string& bytes) {
 }  // namespace
 
 Checkpoints::Checkpoints(Storage& storage, std::string folder, RunIdentity identity, Retention retention,
-                         const Mesh& mesh, ParameterStore& store, Optimizer& optimizer, AdapterMethod& method)
+                         const Mesh& mesh, ParameterStore& store, Optimizer& optimizer, GradientSum& sum,
+                         AdapterMethod& method)
     : storage_(storage),
       folder_(std::move(folder)),
       identity_(std::move(identity)),
@@ -47,6 +81,7 @@ Checkpoints::Checkpoints(Storage& storage, std::string folder, RunIdentity ident
       mesh_(mesh),
       store_(store),
       optimizer_(optimizer),
+      sum_(sum),
       method_(method) {}
 
 std::string Checkpoints::save(const TrainingState& state) {
@@ -54,6 +89,7 @@ std::string Checkpoints::save(const TrainingState& state) {
   const SavedAdapter adapter = collect_adapter(store_, method_, identity_, mesh_.tp());
   std::vector<std::pair<std::string, StateTensors>> groups;
   for (const auto& [group, flat] : state_buffers()) groups.emplace_back(group, store_.gather(flat, mesh_.tp()));
+  groups.emplace_back(carried_group(mesh_), collect_carried(mesh_, sum_));
   std::string path;
   on_rank_0(mesh_.world(), [&] {
     path = free_checkpoint_path(storage_, folder_, state.step);
@@ -127,6 +163,7 @@ TrainingState Checkpoints::load(const std::string& path) {
     }
   };
   for (const auto& [group, flat] : state_buffers()) restore(group, flat);
+  deal_carried(file, mesh_, sum_);
   method_.begin(mesh_);
   return {file.attribute_int("step"), {file.attribute_int("epoch"), file.attribute_int("sequence")}};
 }

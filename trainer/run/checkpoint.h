@@ -3,7 +3,7 @@
 #include <optional>
 #include <string>
 
-#include "comm/mesh.h"
+#include "comm/gradient_sum.h"
 #include "data/loader.h"
 #include "trainer/files/adapter_file.h"
 #include "trainer/methods/methods.h"
@@ -36,7 +36,7 @@ class Checkpoints {
  public:
   /// `folder` is output_dir. Borrows the storage, the mesh and what is saved.
   Checkpoints(Storage& storage, std::string folder, RunIdentity identity, Retention retention, const Mesh& mesh,
-              ParameterStore& store, Optimizer& optimizer, AdapterMethod& method);
+              ParameterStore& store, Optimizer& optimizer, GradientSum& sum, AdapterMethod& method);
 
   /// Collective over the world; rank 0 writes and reads back. Afterwards those that `retention` does not keep are
   /// removed. Returns the checkpoint's folder, on rank 0. Throws StorageError on every rank if rank 0 could not write.
@@ -65,6 +65,7 @@ class Checkpoints {
   const Mesh& mesh_;
   ParameterStore& store_;
   Optimizer& optimizer_;
+  GradientSum& sum_;
   AdapterMethod& method_;
   std::vector<std::string> passed_over_;
 };

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "configs/error.h"
@@ -17,20 +18,14 @@ at::Tensor loss_sum(const Model& model, const ForwardContext& context) {
   return model.task()->loss_sum(h_ND, context.batch.target_rows_M, context.batch.targets_M, context.tp);
 }
 
-/// Collective over dp. Targets and tokens of the global batch: int64 [2] on the device.
-at::Tensor count_globally(const StepBatches& batches, Communicator& dp) {
-  const at::Tensor counts = at::empty({2}, at::TensorOptions(at::kLong).device(dp.device()));
-  counts[0].fill_(batches.num_targets);
-  counts[1].fill_(batches.num_tokens);
-  dp.all_reduce(counts, ReduceOp::sum, Purpose::data_control);
-  return counts;
-}
-
-/// Collective over the world where anybody asks. Whether some rank wants to stop: int64 [1] on the device.
-at::Tensor stop_flag(const std::function<bool()>& stop, Communicator& world) {
-  at::Tensor flag = at::full({1}, stop && stop() ? 1 : 0, at::TensorOptions(at::kLong).device(world.device()));
-  if (stop) world.all_reduce(flag, ReduceOp::max, Purpose::data_control);
-  return flag;
+/// Collective over the world, the step's one small message. float64 [2] on the device: the loss of the global batch,
+/// and how many ranks want to stop. Ranks of a tensor-parallel group have the same loss: one of them hands it in.
+at::Tensor tell_all(const at::Tensor& loss, const std::function<bool()>& stop, const Mesh& mesh) {
+  const at::Tensor numbers = at::zeros({2}, loss.options());
+  if (mesh.tp().rank() == 0) numbers[0].copy_(loss);
+  if (stop && stop()) numbers[1].fill_(1);
+  mesh.world().all_reduce(numbers, ReduceOp::sum, Purpose::data_control);
+  return numbers;
 }
 
 /// Scales the gradients as torch.nn.utils.clip_grad_norm_ does; a factor of 1 keeps their bits.
@@ -44,24 +39,23 @@ at::Tensor not_finite(const at::Tensor& loss, const at::Tensor& norm) {
 }
 
 /// The step's one wait for the device.
-StepStats read_stats(const at::Tensor& loss, const at::Tensor& norm, const at::Tensor& counts, const at::Tensor& stop) {
-  const at::Tensor numbers = at::cat({at::stack({loss, norm}), counts.to(at::kDouble), stop.to(at::kDouble)});
-  const at::Tensor host = numbers.to(at::kCPU);
+StepStats read_stats(const at::Tensor& told, const at::Tensor& norm, const StepBatches& batches) {
+  const at::Tensor host = at::cat({told, norm.view({1})}).to(at::kCPU);
   const double* n = host.const_data_ptr<double>();
-  return {n[0], n[1], static_cast<int64_t>(n[2]), static_cast<int64_t>(n[3]), n[4] != 0};
+  return {n[0], n[2], batches.num_targets, batches.num_tokens, n[1] > 0};
 }
 
 /// Whether the update was made.
-bool is_sound(const StepStats& stats) {
-  return stats.target_tokens > 0 && std::isfinite(stats.loss) && std::isfinite(stats.grad_norm);
+bool is_sound(const StepStats& stats) { return std::isfinite(stats.loss) && std::isfinite(stats.grad_norm); }
+
+void require_target(const StepBatches& batches, int64_t step) {
+  if (batches.num_targets > 0) return;
+  throw InputError(
+      fmt::format("step {}: none of its {} tokens is a target, so there is nothing to learn from; nothing was changed.",
+                  step, batches.num_tokens));
 }
 
 [[noreturn]] void refuse_step(const StepStats& stats, int64_t step) {
-  if (stats.target_tokens == 0) {
-    throw InputError(fmt::format(
-        "step {}: none of its {} tokens is a target, so there is nothing to learn from; nothing was changed.", step,
-        stats.tokens));
-  }
   throw InputError(
       fmt::format("step {}: loss {} and gradient norm {} are not both finite; nothing was changed. Lower "
                   "train.learning_rate or look at the data of this step.",
@@ -72,30 +66,31 @@ bool is_sound(const StepStats& stats) {
 
 StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t step, const StepOptions& options) {
   const Mesh& mesh = parts.mesh;
-  const at::Tensor& gradients = parts.store.gradients();
-  const at::Tensor counts = count_globally(batches, mesh.dp());
-  const at::Tensor share = counts[0].to(at::kDouble).reciprocal_();
+  const auto scalar = at::TensorOptions(at::kDouble).device(mesh.device());
+  require_target(batches, step);
+  const at::Tensor share = at::full({}, 1 / static_cast<double>(batches.num_targets), scalar);
 
   parts.dropout.begin(step);
-  at::Tensor loss = at::zeros({}, at::TensorOptions(at::kDouble).device(mesh.device()));
+  at::Tensor loss = at::zeros({}, scalar);
   for (const Batch& on_host : batches.micro_batches) {
     const Batch batch = on_host.to(mesh.device());
     SegmentAttention attention(batch);
     const ForwardContext context{batch, attention, mesh.tp(), &parts.dropout};
     const at::Tensor part = loss_sum(parts.model, context) * share;
     torch::autograd::backward({part}, {});
-    loss += part.detach();
+    loss += parts.sum.add_micro_batch(part.detach());
   }
-  parts.reducer.reduce();
-  mesh.dp().all_reduce(loss, ReduceOp::sum, Purpose::data_control);
+  parts.sum.reduce();
   parts.method.add_gradients(step, mesh);
+  const at::Tensor told = tell_all(loss, options.stop, mesh);
 
   const at::Tensor norm = gradient_norm(parts.store, mesh);
-  clip(gradients, norm, options.max_grad_norm);
-  parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step), not_finite(loss, norm));
-  const StepStats stats = read_stats(loss, norm, counts, stop_flag(options.stop, mesh.world()));
+  clip(parts.store.gradients(), norm, options.max_grad_norm);
+  parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step), not_finite(told[0], norm));
+  const StepStats stats = read_stats(told, norm, batches);
   if (is_sound(stats) && parts.method.on_step_end(step, mesh)) parts.optimizer.restart();
-  gradients.zero_();
+  parts.sum.end_step(is_sound(stats));
+  parts.store.gradients().zero_();
   if (!is_sound(stats)) refuse_step(stats, step);
   return stats;
 }
@@ -136,24 +131,36 @@ int64_t lowest_not_finite(const Model& model, const Batch& batch, Communicator& 
       sample.item<int64_t>()));
 }
 
+/// Of each column, row after row.
+std::array<double, 3> sums_in_order(const at::Tensor& rows) {
+  const at::Tensor host = rows.to(at::kCPU);
+  const double* n = host.const_data_ptr<double>();
+  std::array<double, 3> sums{};
+  for (int64_t i = 0; i < host.numel(); ++i) sums[i % 3] += n[i];
+  return sums;
+}
+
 }  // namespace
 
 EvalResult evaluate(const Mesh& mesh, const Model& model, const std::vector<Batch>& batches) {
   const at::AutoGradMode no_grad(false);
-  const auto options = at::TensorOptions(at::kDouble).device(mesh.device());
-  at::Tensor sums = at::zeros({3}, options);  // loss, targets found, targets
-  for (const Batch& on_host : batches) {
-    const Batch batch = on_host.to(mesh.device());
+  const Communicator& dp = mesh.dp();
+  const auto count = static_cast<int64_t>(batches.size()) * dp.size();
+  // By micro-batch: loss, targets found, targets. Each is one rank's, so that no order of ranks decides their sum.
+  const at::Tensor scores = at::zeros({count, 3}, at::TensorOptions(at::kDouble).device(mesh.device()));
+  for (size_t i = 0; i < batches.size(); ++i) {
+    const Batch batch = batches[i].to(mesh.device());
     SegmentAttention attention(batch);
     const at::Tensor h_ND = model.forward({batch, attention, mesh.tp()});
-    sums.narrow(0, 0, 2).add_(model.task()->score(h_ND, batch.target_rows_M, batch.targets_M, mesh.tp()));
-    sums[2] += static_cast<double>(batch.num_targets());
+    const at::Tensor score = scores[static_cast<int64_t>(i) * dp.size() + dp.rank()];
+    score.narrow(0, 0, 2).copy_(model.task()->score(h_ND, batch.target_rows_M, batch.targets_M, mesh.tp()));
+    score[2].fill_(batch.num_targets());
   }
-  mesh.dp().all_reduce(sums, ReduceOp::sum, Purpose::data_control);
-  const at::Tensor host = sums.to(at::kCPU);
-  if (!std::isfinite(host[0].item<double>())) refuse_evaluation(mesh, model, batches);
-  const double targets = host[2].item<double>(), divisor = std::max(1.0, targets);
-  return {host[0].item<double>() / divisor, host[1].item<double>() / divisor, static_cast<int64_t>(targets)};
+  mesh.dp().all_reduce(scores, ReduceOp::sum, Purpose::data_control);
+  const std::array<double, 3> sums = sums_in_order(scores);
+  if (!std::isfinite(sums[0])) refuse_evaluation(mesh, model, batches);
+  const double divisor = std::max(1.0, sums[2]);
+  return {sums[0] / divisor, sums[1] / divisor, static_cast<int64_t>(sums[2])};
 }
 
 }  // namespace corank

@@ -1,7 +1,7 @@
 #pragma once
 #include <functional>
 
-#include "comm/grad_reducer.h"
+#include "comm/gradient_sum.h"
 #include "data/loader.h"
 #include "trainer/layers/model.h"
 #include "trainer/methods/training.h"
@@ -16,7 +16,7 @@ struct StepParts {
   MethodTraining& method;
   ParameterStore& store;
   Optimizer& optimizer;
-  GradReducer& reducer;
+  GradientSum& sum;
   DropoutKeys& dropout;  ///< of the run's seed
 };
 

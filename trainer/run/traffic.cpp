@@ -144,7 +144,8 @@ TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
 
 std::vector<StepCollective> predict_step(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
                                          int activation_bytes, Checkpointing checkpointing,
-                                         const std::vector<BatchSize>& micro_batches, int64_t step) {
+                                         const std::vector<BatchSize>& micro_batches, int64_t step,
+                                         const GradientSumEntry& sum) {
   const auto method = make_method(adapter);
   const bool full = method->trains_base();
   const auto trained = trained_linears(shape, adapter, full);
@@ -156,12 +157,10 @@ std::vector<StepCollective> predict_step(const TrafficShape& shape, const Adapte
     sizes.data += one.data - (shares_trained ? linear.in * linear.out / tensor : 0);
   }
   CollectiveList list(tensor, data);
-  list.add_sum(method->gradient_purpose(), Axis::world, sizes.everywhere, sizeof(float));
-  list.add_sum(method->gradient_purpose(), Axis::dp, sizes.data, sizeof(float));
-  list.add_sum(Purpose::data_control, Axis::dp, 2, sizeof(int64_t));     // targets and tokens
-  list.add_sum(Purpose::data_control, Axis::dp, 1, sizeof(double));      // loss
-  list.add_sum(Purpose::data_control, Axis::world, 1, sizeof(int64_t));  // request to stop
+  if (sizes.everywhere > 0) list.add({method->gradient_purpose(), Axis::world, sum.transfer(sizes.everywhere)});
+  if (sizes.data > 0) list.add({method->gradient_purpose(), Axis::dp, sum.transfer(sizes.data)});
   for (const StepCollective& collective : method->statistics(trained, step)) list.add(collective);
+  list.add_sum(Purpose::data_control, Axis::world, 2, sizeof(double));  // loss, wish to stop
   list.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
   if (shares_trained) list.add_sum(Purpose::gradient_norm, Axis::world, 1, sizeof(double));
   const auto stored = shares_trained ? stored_dense(shape, tensor, data, activation_bytes) : shape.stored;

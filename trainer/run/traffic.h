@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "comm/mesh.h"
+#include "comm/gradient_sum.h"
 #include "trainer/methods/methods.h"
 #include "trainer/models/families.h"
 
@@ -41,7 +41,8 @@ struct BatchSize {
 /// trains), what recomputation repeats, and M D e for the loss.
 std::vector<StepCollective> predict_step(const TrafficShape& shape, const AdapterConfig& adapter, int tensor, int data,
                                          int activation_bytes, Checkpointing checkpointing,
-                                         const std::vector<BatchSize>& micro_batches, int64_t step = 1);
+                                         const std::vector<BatchSize>& micro_batches, int64_t step = 1,
+                                         const GradientSumEntry& sum = plain_sum());
 
 /// Bytes that one rank hands to these collectives.
 std::map<Purpose, int64_t> payload_by_purpose(const std::vector<StepCollective>& collectives);
