@@ -83,6 +83,20 @@ at::Tensor Communicator::all_gather(const at::Tensor& input, Purpose purpose) {
   return output;
 }
 
+void Communicator::all_gather_into(const at::Tensor& output, const at::Tensor& input, Purpose purpose) {
+  require_tensor(Collective::all_gather, input);
+  require_tensor(Collective::all_gather, output);
+  if (output.numel() != size() * input.numel() || output.scalar_type() != input.scalar_type()) {
+    refuse(Collective::all_gather, "the output has not the type, or the room, for the inputs of all ranks");
+  }
+  if (size() == 1) {
+    at::Tensor only = output;
+    only.copy_(input.view_as(output));
+    return;
+  }
+  run({Collective::all_gather, purpose, input}, [&] { do_all_gather(output, input); });
+}
+
 at::Tensor Communicator::reduce_scatter(const at::Tensor& input, ReduceOp op, Purpose purpose) {
   require_tensor(Collective::reduce_scatter, input);
   require_reducible(Collective::reduce_scatter, input, op);

@@ -42,6 +42,8 @@ class Communicator {
   void all_reduce(const at::Tensor& tensor, ReduceOp op, Purpose purpose);
   /// Collective. Concatenates every rank's `input` along dim 0 in rank order into a new tensor.
   at::Tensor all_gather(const at::Tensor& input, Purpose purpose);
+  /// The same into `output`, which has size() times the elements of `input`.
+  void all_gather_into(const at::Tensor& output, const at::Tensor& input, Purpose purpose);
   /// Collective. Reduces over ranks and keeps this rank's block of dim 0 (which must divide by size()), in a new
   /// tensor.
   at::Tensor reduce_scatter(const at::Tensor& input, ReduceOp op, Purpose purpose);

@@ -20,7 +20,7 @@ class SoloCommunicator final : public Communicator {
   void do_barrier() override { unreachable(); }
   std::pair<int64_t, int64_t> do_min_max(int64_t) override { unreachable(); }
   std::unique_ptr<Communicator> do_split(int, const std::string& axis) override {
-    return std::make_unique<SoloCommunicator>(1, axis, device(), ledger());
+    return std::make_unique<SoloCommunicator>(size(), axis, device(), ledger());
   }
 
  private:

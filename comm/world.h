@@ -34,5 +34,8 @@ class World {
 
 /// True if mpirun (or srun with PMIx) started this process.
 bool started_by_mpi();
+/// How many processes Open MPI says that it started together with this one, without starting MPI; 1 where it says
+/// nothing.
+int started_processes();
 
 }  // namespace corank

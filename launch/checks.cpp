@@ -176,11 +176,15 @@ CheckedInputs check_evaluation(const RunConfig& run, int ranks) {
   return result;
 }
 
-CheckedInputs check_bench(const RunConfig& run, int ranks) {
+CheckedInputs check_plan(const RunConfig& run, int ranks) {
   check_ranks(run, ranks);
   check_batch(run, ranks);
   check_start(run);
-  CheckedInputs result = check_model(run);
+  return check_model(run);
+}
+
+CheckedInputs check_bench(const RunConfig& run, int ranks) {
+  CheckedInputs result = check_plan(run, ranks);
   result.train_samples = check_tokens(run, run.data.train, result.vocab_size);
   return result;
 }

@@ -23,6 +23,8 @@ struct CheckedInputs {
 ///
 /// eval: the model and its split over parallel.tensor, the adapter, data.eval.
 CheckedInputs check_evaluation(const RunConfig& run, int ranks);
+/// plan: the model and its split, the adapter, the batch; no data.
+CheckedInputs check_plan(const RunConfig& run, int ranks);
 /// bench: the model and its split, the adapter, the batch, data.train where it is named.
 CheckedInputs check_bench(const RunConfig& run, int ranks);
 /// train, validate: all of these, the number of steps and what depends on it, output_dir, and what `resume` asks for.

@@ -45,10 +45,13 @@ void read_model(const Section& s, ModelOptions& m) {
     s.fail("path", "name a model folder (path) or a shape with random weights, one of both");
   m.dtype = s.get_choice("dtype", "bfloat16", {"float32", "bfloat16"}) == "float32" ? at::kFloat : at::kBFloat16;
   m.quantization = s.get_choice("quantization", "none", format_names());
-  if (m.quantization != "nf4" && s.has("double_quant")) {
-    s.fail("double_quant", fmt::format("belongs to quantization nf4, not to {}; leave it out", m.quantization));
-  }
   m.double_quant = s.get<bool>("double_quant", m.double_quant);
+  // The default may stand: the run.yaml of an nf4 run has it, and is read again with another quantization.
+  if (m.quantization != "nf4" && !m.double_quant) {
+    s.fail("double_quant", fmt::format("belongs to quantization nf4, not to {}; leave it out (on the command line: "
+                                       "model.double_quant=null)",
+                                       m.quantization));
+  }
 }
 
 void read_data(const Section& s, DataConfig& d) {
@@ -67,10 +70,6 @@ void read_parallel(const Section& s, ParallelConfig& p) {
 
 Checkpointing checkpointing_of(const std::string& name) {
   return name == "full" ? Checkpointing::full : name == "mlp" ? Checkpointing::mlp : Checkpointing::none;
-}
-
-std::string name_of(Checkpointing c) {
-  return c == Checkpointing::full ? "full" : c == Checkpointing::mlp ? "mlp" : "none";
 }
 
 void read_steps(const Section& s, TrainConfig& t) {
@@ -165,6 +164,10 @@ std::string train_yaml(const TrainConfig& t, Checkpointing checkpointing) {
 }
 
 }  // namespace
+
+std::string name_of(Checkpointing c) {
+  return c == Checkpointing::full ? "full" : c == Checkpointing::mlp ? "mlp" : "none";
+}
 
 RunConfig read_run(const std::string& path, const std::vector<std::string>& overrides) {
   const Section file = Section::load(path, overrides);

@@ -67,6 +67,9 @@ struct RunConfig {
 /// What checkpoints of `run`, its adapter merged with adapter.path, on `data` belong to.
 RunIdentity identity_of(const RunConfig& run, const TokenFile& data);
 
+/// Its value of train.activation_checkpointing.
+std::string name_of(Checkpointing checkpointing);
+
 /// Reads a run file with overrides. ConfigError with file, line and key.
 RunConfig read_run(const std::string& path, const std::vector<std::string>& overrides);
 

@@ -130,6 +130,7 @@ def main():
         ("C++", lambda: ctest(by_method)),
         ("commands", lambda: python_tests("tests/cli_test.py")),
         ("runs", lambda: python_tests("tests/cli_runs_test.py")),
+        ("plans", lambda: python_tests("tests/cli_plan_test.py")),
         ("commands on model folders", lambda: python_tests("tests/cli_model_test.py")),
         ("adapter commands", lambda: python_tests("tests/cli_adapters_test.py")),
         ("Python tools", lambda: python_tests("tests/data_tools_test.py")),

@@ -104,7 +104,7 @@ class Refusals(Case):
                 self.refuse(self.train(override), 64, override.split("=")[0])
 
     def test_quantisations_that_contradict(self):
-        self.refuse(self.train("model.quantization=int8", "model.double_quant=true"), 64, "model.double_quant", "int8")
+        self.refuse(self.train("model.quantization=int8", "model.double_quant=false"), 64, "model.double_quant", "int8")
         self.refuse(self.train("model.double_quant=false"), 64, "model.double_quant", "nf4")
         self.refuse(self.train("model.quantization=nf4", "adapter.method=full"), 64, "model.quantization", "nf4", "full")
         self.refuse(self.train("adapter.method=pissa", "adapter.pissa_iterations=5"), 64, "adapter.pissa_iterations", "none")
@@ -167,6 +167,10 @@ class Refusals(Case):
 
     def test_one_message_for_all_ranks(self):
         self.refuse(self.train("adapter.r=0", ranks=4), 64, "adapter.r")
+
+    def test_commands_of_one_process(self):
+        for command in (("merge", TINY, "--out", self.folder / "merged"), ("validate", TINY)):
+            self.refuse(corank(*command, ranks=2), 64, command[0], "2 ranks", "one process")
 
     def test_output_of_another_run(self):
         self.succeed(self.train("train.max_steps=2"))

@@ -29,6 +29,9 @@ class Altered : public AdapterMethod {
   GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
     return method_->gradient_sizes(linear, tensor);
   }
+  UpdateCost update_cost(const LinearSize& linear, int tensor) const override {
+    return method_->update_cost(linear, tensor);
+  }
   at::Tensor merged(const std::string& module, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     return method_->merged(module, tensors, w_OI);
   }

@@ -44,7 +44,7 @@ TEST(Refusals, MethodsAndKeysThatDoNotBelongTogether) {
   const std::vector<RunRefusal> refusals{
       {{"adapter.method=full", "model.quantization=nf4"}, {"model.quantization", "nf4 cannot train", "method full"}},
       {{"adapter.method=full", "model.quantization=int8"}, {"model.quantization", "int8 cannot train"}},
-      {{"model.quantization=int8", "model.double_quant=true"}, {"model.double_quant", "int8"}},
+      {{"model.quantization=int8", "model.double_quant=false"}, {"model.double_quant", "int8"}},
       {{"model.double_quant=false"}, {"model.double_quant", "nf4"}},
       {{"model.quantization=nf5"}, {"model.quantization", "nf4"}},
       {{"adapter.method=pissa", "adapter.pissa_iterations=2"}, {"adapter.pissa_iterations", "quantization is none"}},

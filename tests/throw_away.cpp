@@ -40,6 +40,9 @@ class GainMethod : public AdapterMethod {
   GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
     return lora_gradient_sizes(linear, config_.rank_of(linear.name), tensor);
   }
+  UpdateCost update_cost(const LinearSize& linear, int) const override {
+    return lora_update_cost(config_.rank_of(linear.name));
+  }
   at::Tensor merged(const std::string&, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     return w_OI + at::mm(tensors.at(".lora_B.weight"), tensors.at(".lora_A.weight")) * gain_config(config_).gain;
   }

@@ -107,11 +107,12 @@ struct Job {
     return trainer.run(start, [&] { return stop(++step); });
   }
 
-  /// Collective over tp. All parameters, in full.
+  /// Collective. All parameters in full, by name: their order in the store is the layout's.
   at::Tensor parameters() const {
+    std::map<std::string, at::Tensor> by_name;
+    for (const auto& [name, tensor] : run.store.gather(run.store.masters(), run.mesh.tp())) by_name[name] = tensor;
     std::vector<at::Tensor> flat;
-    for (const auto& entry : run.store.gather(run.store.masters(), run.mesh.tp()))
-      flat.push_back(entry.second.flatten());
+    for (const auto& entry : by_name) flat.push_back(entry.second.flatten());
     return at::cat(flat);
   }
 

@@ -42,6 +42,7 @@ CommandWork declare_import(CLI::App& app);
 CommandWork declare_combine(CLI::App& app);
 CommandWork declare_inspect(CLI::App& app);
 CommandWork declare_merge(CLI::App& app);
+CommandWork declare_plan(CLI::App& app);
 CommandWork declare_validate(CLI::App& app);
 CommandWork declare_bench_comm(CLI::App& app);
 CommandWork declare_bench_step(CLI::App& app);

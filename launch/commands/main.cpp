@@ -28,6 +28,7 @@ constexpr corank::Command kCommands[] = {
     {"combine", "several adapters -> one PEFT folder", corank::declare_combine, false},
     {"inspect", "what is in a checkpoint, token file, adapter or model", corank::declare_inspect, false},
     {"validate", "every check that train makes before its first step", corank::declare_validate, false},
+    {"plan", "memory, bytes, time and layouts of a run, before anything of it is started", corank::declare_plan, false},
     {"bench comm", "bytes of one step by purpose, predicted and counted, against full fine-tuning",
      corank::declare_bench_comm, true},
     {"bench step", "speed and memory of the training step", corank::declare_bench_step, true},
@@ -69,9 +70,20 @@ void refuse_unknown_command(int argc, char** argv) {
                                         argv[1], fmt::join(names, ", ")));
 }
 
+/// Several would write the same files.
+void require_one_process(const corank::Command& command) {
+  const int processes = corank::started_processes();
+  if (processes == 1) return;
+  throw corank::ConfigError(fmt::format("{}: {} ranks, but this command is for one process. Start it without mpirun.",
+                                        command.name, processes));
+}
+
 int run(Chosen& chosen, int* argc, char*** argv) {
   corank::DiskStorage storage;
-  if (!chosen.command->uses_ranks) return chosen.run(nullptr, storage);
+  if (!chosen.command->uses_ranks) {
+    require_one_process(*chosen.command);
+    return chosen.run(nullptr, storage);
+  }
   chosen.among_peers = corank::started_by_mpi();
   corank::World world(argc, argv);
   chosen.rank = world.rank();

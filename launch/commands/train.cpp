@@ -9,6 +9,7 @@
 #include "launch/checks.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
+#include "launch/plan_watch.h"
 #include "launch/results.h"
 #include "launch/session.h"
 #include "trainer/run/metrics.h"
@@ -46,8 +47,8 @@ std::vector<Batch> held_out_batches(const RunConfig& run, const Mesh& mesh, std:
 }
 
 /// `about`: what to tell at the start, but for remarks on the data. Returns the state reached.
-TrainingState train(Session& session, const TokenFile& data, StartRecord about, int64_t total, Console& console,
-                    Storage& storage) {
+TrainingState train(Session& session, const TokenFile& data, StartRecord about, int64_t total,
+                    std::vector<Observer*> observers, Storage& storage) {
   const RunConfig& run = session.run();
   const Mesh& mesh = session.mesh();
   Optimizer optimizer(session.store(), run.train.optimizer);
@@ -65,9 +66,10 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
   const std::vector<Batch> eval_batches = held_out_batches(run, mesh, about.remarks);
 
   const auto metrics = metrics_file(storage, run.output_dir + "/metrics.jsonl");
+  observers.push_back(metrics.get());
   DropoutKeys dropout(static_cast<uint64_t>(run.train.seed), mesh.device());
   const StepParts parts{mesh, session.model(), session.method(), session.store(), optimizer, reducer, dropout};
-  Trainer trainer(parts, loader, eval_batches, checkpoints, session.ledger(), {&console, metrics.get()},
+  Trainer trainer(parts, loader, eval_batches, checkpoints, session.ledger(), observers,
                   {run.schedule(total), run.train.max_grad_norm, run.logging_steps, run.eval_steps, run.save_steps});
   const TrainingState start = trainer.start(about, run.resume);
   watch_signals();  // until here a signal ends the process: there is nothing to save
@@ -83,7 +85,9 @@ int run_train(const CommandLine& line, const World& world, Storage& storage) {
   set_total_steps(run.adapter, total);
   Session session(run, world);
   Console console(session, line.json);
-  const TrainingState end = train(session, data, start_record(session, world, threads), total, console, storage);
+  PlanWatch watch(session, world, line.json);
+  const TrainingState end =
+      train(session, data, start_record(session, world, threads), total, {&watch, &console}, storage);
   if (end.step < total) return static_cast<int>(ExitCode::stopped);
   if (line.json && session.leader()) {
     fmt::print("{}\n", nlohmann::json{{"steps", total}, {"result", result_path(session)}}.dump());

@@ -104,6 +104,13 @@ class AdaLora : public AdapterMethod {
     sizes.everywhere += rank_of(linear.name);
     return sizes;
   }
+  UpdateCost update_cost(const LinearSize& linear, int tensor) const override {
+    UpdateCost cost = lora_update_cost(rank_of(linear.name));
+    const GradientSizes sizes = gradient_sizes(linear, tensor);
+    cost.state_bytes = 3 * 4 * (sizes.everywhere + sizes.data);                             // state()
+    cost.kept_once = rank_of(linear.name) * (linear.row ? linear.in / tensor : linear.in);  // diag(E) A
+    return cost;
+  }
   std::vector<StepCollective> statistics(const std::vector<LinearSize>& adapted, int64_t step) const override {
     constexpr Purpose kPurpose = Purpose::adapter_statistics;
     int64_t triplets = 0, grams = 0;

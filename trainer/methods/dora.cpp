@@ -141,6 +141,16 @@ class Dora : public AdapterMethod {
     (linear.row ? sizes.everywhere : sizes.data) += linear.row ? linear.out : linear.out / tensor;
     return sizes;
   }
+  /// The output before a bias is kept. The base's squared norms and three scales are float32 a row.
+  UpdateCost update_cost(const LinearSize& linear, int tensor) const override {
+    UpdateCost cost = lora_update_cost(config_.rank_of(linear.name));
+    const int64_t rows = linear.row ? linear.out : linear.out / tensor;
+    cost.keeps_output = !linear.bias && config_.lora_dropout == 0;
+    if (!cost.keeps_output) cost.kept += rows;
+    cost.state_bytes = 4 * 4 * rows;
+    cost.backward.output += 3;  // the kept output, and its gradient times the scale, written and read
+    return cost;
+  }
   std::vector<StepCollective> statistics(const std::vector<LinearSize>& adapted, int64_t) const override {
     int64_t norms = 0;
     for (const LinearSize& linear : adapted) norms += linear.row ? linear.out : 0;

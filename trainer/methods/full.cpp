@@ -19,6 +19,7 @@ class Full : public AdapterMethod {
     if (linear.bias) (linear.row ? sizes.everywhere : sizes.data) += linear.row ? linear.out : linear.out / tensor;
     return sizes;
   }
+  UpdateCost update_cost(const LinearSize&, int) const override { return {}; }
   at::Tensor merged(const std::string&, const ModuleTensors& tensors, const at::Tensor&) const override {
     return tensors.at(".weight");
   }

@@ -21,6 +21,9 @@ class Lora : public AdapterMethod {
   GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
     return lora_gradient_sizes(linear, config_.rank_of(linear.name), tensor);
   }
+  UpdateCost update_cost(const LinearSize& linear, int) const override {
+    return lora_update_cost(config_.rank_of(linear.name));
+  }
   std::string beyond_plain_lora() const override {
     if (!config_.modules_to_save.empty()) return "modules_to_save train in full";
     if (!config_.rank_pattern.empty() || !config_.alpha_pattern.empty()) return "ranks or alphas differ by module";

@@ -33,6 +33,10 @@ GradientSizes lora_gradient_sizes(const LinearSize& linear, int64_t rank, int te
   return {rank * (linear.row ? linear.out : linear.in), rank * (linear.row ? linear.in : linear.out) / tensor};
 }
 
+UpdateCost lora_update_cost(int64_t rank) {
+  return {.kept = rank, .forward = {.input = 1, .output = 2}, .backward = {.input = 3, .output = 2}};
+}
+
 const std::vector<const MethodEntry*>& methods() { return method_table(); }
 
 std::vector<std::string> method_names() {

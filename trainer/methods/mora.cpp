@@ -161,6 +161,14 @@ class MoraMethod : public AdapterMethod {
     const int64_t side = side_of(linear.name, linear.in, linear.out);
     return {side * side, 0};
   }
+  UpdateCost update_cost(const LinearSize& linear, int) const override {
+    const int64_t side = side_of(linear.name, linear.in, linear.out);
+    const auto blocks = [side](int64_t size) { return (size + side - 1) / side; };
+    const bool rotates = type_after(0).compress == ops::Grouping::rotate;
+    return {.kept = rotates ? side * std::min(blocks(linear.in), blocks(linear.out)) : side,
+            .forward = {.input = 1, .output = 2},
+            .backward = {.input = 2, .output = 1}};
+  }
   at::Tensor merged(const std::string&, const ModuleTensors& tensors, const at::Tensor& w_OI) const override {
     const std::vector<at::Tensor> before = merged_of(tensors, "");
     return with_merged(w_OI, before) + delta_of(type_after(before.size()), tensors.at(kMatrix), w_OI);

@@ -91,6 +91,12 @@ class Pissa : public AdapterMethod {
   GradientSizes gradient_sizes(const LinearSize& linear, int tensor) const override {
     return lora_gradient_sizes(linear, config_.rank_of(linear.name), tensor);
   }
+  UpdateCost update_cost(const LinearSize& linear, int tensor) const override {
+    UpdateCost cost = lora_update_cost(config_.rank_of(linear.name));
+    const GradientSizes sizes = gradient_sizes(linear, tensor);
+    cost.state_bytes = 4 * (sizes.everywhere + sizes.data);  // state(): the first factors
+    return cost;
+  }
   at::Tensor merged(const std::string& module, const ModuleTensors& t, const at::Tensor& w_OI) const override {
     at::Tensor update = at::mm(t.at(kB), t.at(kA));
     if (t.contains(kFirstA)) update -= at::mm(t.at(kFirstB), t.at(kFirstA));

@@ -44,6 +44,8 @@ constexpr Shape kShapes[] = {
     {"mistral-7b", R"({"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
       "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
       "rope_theta": 10000, "sliding_window": 4096})"},
+    {"gpt3-175b", R"({"model_type": "gpt2", "vocab_size": 50257, "n_embd": 12288, "n_layer": 96, "n_head": 96,
+      "n_positions": 2048, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0})"},
     {"gpt2", R"({"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
       "n_positions": 1024, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1})"},
 };

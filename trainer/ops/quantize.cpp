@@ -58,17 +58,18 @@ void quantise_blocks(const T* values, int64_t count, uint8_t* packed, float* abs
   }
 }
 
-/// Replaces the float32 absmax by their codes.
+/// Replaces the float32 absmax by their codes (meta: by their shapes).
 void quantise_statistics(Nf4& w) {
   const at::Tensor absmax = w.absmax_RB;
-  const auto* values = absmax.const_data_ptr<float>();
   const int64_t count = absmax.numel();
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += values[i];
-  w.nested_offset = static_cast<float>(sum / static_cast<double>(count));
   w.nested_map = nf4_nested_map();
   w.nested_absmax = at::empty({quantized_blocks(count, kNf4NestedBlock)}, absmax.options());
   w.absmax_RB = at::empty_like(absmax, at::kByte);
+  if (absmax.is_meta()) return;
+  const auto* values = absmax.const_data_ptr<float>();
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i];
+  w.nested_offset = static_cast<float>(sum / static_cast<double>(count));
   const at::Tensor centred = absmax - w.nested_offset;
   const Nearest<256> nearest(w.nested_map.const_data_ptr<float>());
   auto* nested = w.nested_absmax.mutable_data_ptr<float>();
@@ -163,7 +164,10 @@ Nf4 nf4_quantise(const at::Tensor& w_OI, bool double_quant) {
   result.runs = {1, count, count, 0};
   result.codes = at::empty({(count + 1) / 2}, w.options().dtype(at::kByte));
   result.absmax_RB = at::empty({1, blocks}, w.options().dtype(at::kFloat));
-  if (w.is_meta()) return result;
+  if (w.is_meta()) {
+    if (double_quant) quantise_statistics(result);
+    return result;
+  }
   auto* packed = result.codes.mutable_data_ptr<uint8_t>();
   auto* absmax = result.absmax_RB.mutable_data_ptr<float>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, w.scalar_type(), "nf4_quantise", [&] {

@@ -80,6 +80,19 @@ class GradientsUnderWay {
   bool ends_with_pass_ = false;
 };
 
+/// Memory of gathered weights, used again for the next one of its size: to take it anew for each would scatter it over
+/// the heap.
+class GatherRooms {
+ public:
+  /// Of `bytes`, whose last user has let go of it.
+  at::Tensor take(int64_t bytes, const at::TensorOptions& options);
+  /// Keeps `room` for another weight once nobody holds it, where there are not rooms enough of its size.
+  void put(const at::Tensor& room);
+
+ private:
+  std::vector<at::Tensor> rooms_;
+};
+
 class Sharded : public Residency, public std::enable_shared_from_this<Sharded> {
  public:
   explicit Sharded(std::unique_ptr<Communicator> group) : group_(std::move(group)), side_(group_->device()) {}
@@ -107,10 +120,12 @@ class Sharded : public Residency, public std::enable_shared_from_this<Sharded> {
   std::unique_ptr<StoredBytes> keep(std::unique_ptr<ShardedBytes> bytes);
   void fetch(const ShardedBytes& weight, Group& group);
   void fetch_all(int64_t order);
+  void let_go(const Group& group);
 
   std::unique_ptr<Communicator> group_;
   ops::SideStream side_;
   GradientsUnderWay gradients_{side_};
+  GatherRooms rooms_;
   std::map<int64_t, std::vector<const ShardedBytes*>> weights_;  ///< by order
   std::map<int64_t, Group> here_;
   Slots slots_;
@@ -244,13 +259,38 @@ void GradientsUnderWay::wait_for_first() {
 
 /// What one pass fetches does not depend on what was there before it.
 void Sharded::begin_forward() {
+  for (const auto& [order, group] : here_) let_go(group);
   here_.clear();
   slots_.clear();
   walk_.begin();
 }
 
 void Sharded::fetch(const ShardedBytes& weight, Group& group) {
-  group.ticket = side_.run([&] { group.flat[&weight] = group_->all_gather(weight.part(), Purpose::base_gathers); });
+  group.ticket = side_.run([&] {
+    const at::Tensor room = rooms_.take(weight.part().numel() * group_->size(), weight.part().options());
+    group_->all_gather_into(room, weight.part(), Purpose::base_gathers);
+    group.flat[&weight] = room;
+  });
+}
+
+void Sharded::let_go(const Group& group) {
+  for (const auto& [weight, room] : group.flat) rooms_.put(room);
+}
+
+void GatherRooms::put(const at::Tensor& room) {
+  const auto alike = std::count_if(rooms_.begin(), rooms_.end(),
+                                   [&](const at::Tensor& other) { return other.numel() == room.numel(); });
+  if (static_cast<size_t>(alike) < Slots::kSlots) rooms_.push_back(room);
+}
+
+at::Tensor GatherRooms::take(int64_t bytes, const at::TensorOptions& options) {
+  const auto found = std::find_if(rooms_.begin(), rooms_.end(), [&](const at::Tensor& room) {
+    return room.numel() == bytes && room.use_count() == 1 && room.storage().use_count() == 1;
+  });
+  if (found == rooms_.end()) return at::empty({bytes}, options);
+  const at::Tensor room = *found;
+  rooms_.erase(found);
+  return room;
 }
 
 void Sharded::fetch_all(int64_t order) {
@@ -265,12 +305,16 @@ at::Tensor Sharded::whole(const ShardedBytes& weight, Pass pass) {
     Group alone;
     fetch(weight, alone);
     side_.wait(alone.ticket);
+    let_go(alone);
     return alone.flat.at(&weight);
   }
   const int64_t order = weight.order();
   walk_.visit(order);
   const std::vector<int64_t> next = walk_.next(Slots::kSlots - 1);
-  for (const int64_t gone : slots_.ask(order, next)) here_.erase(gone);
+  for (const int64_t gone : slots_.ask(order, next)) {
+    const auto group = here_.extract(gone);
+    if (group) let_go(group.mapped());
+  }
   fetch_all(order);
   for (const int64_t one : next) fetch_all(one);
   const Group& group = here_.at(order);
@@ -284,7 +328,8 @@ void Sharded::forget(const ShardedBytes& weight) {
   const auto group = here_.find(weight.order());
   if (group == here_.end()) return;
   side_.wait(group->second.ticket);
-  group->second.flat.erase(&weight);
+  const auto room = group->second.flat.extract(&weight);
+  if (room) rooms_.put(room.mapped());
 }
 
 }  // namespace
