@@ -35,20 +35,26 @@ StepBytes bytes_a_step(const EndRecord& end) {
   return bytes;
 }
 
-/// What full fine-tuning would hand over and send in the place of `counted`: all that does not depend on the method was
-/// counted, its gradients are predicted.
+/// What depends on the method and not on the tokens.
+constexpr std::array kMethodPurposes{Purpose::adapter_gradients, Purpose::weight_gradients, Purpose::gradient_norm,
+                                     Purpose::adapter_statistics, Purpose::base_gathers};
+
+/// What full fine-tuning would hand over and send in the place of `counted`: what depends on the method is predicted.
 StepBytes as_full(Session& session, const EndRecord& end, StepBytes counted) {
   AdapterConfig method;
   method.method = "full";
-  std::vector<StepCollective> gradients = predicted_step(session, method, {});
-  std::erase_if(gradients, [](const StepCollective& one) { return one.purpose != Purpose::weight_gradients; });
-  const auto ours = end.all_ranks[static_cast<size_t>(session.method().gradient_purpose())];
-  const auto theirs = traffic_of_all_ranks(session.mesh(), gradients)[static_cast<size_t>(Purpose::weight_gradients)];
-  counted.payload.erase(Purpose::adapter_gradients);
-  counted.payload[Purpose::weight_gradients] = at_or_zero(payload_by_purpose(gradients), Purpose::weight_gradients);
-  for (const Link link : kLinks) {
-    const int64_t counted_gradients = ours.over(link).sent / (end.step - end.first_step);
-    counted.sent[static_cast<size_t>(link)] += theirs.over(link).sent - counted_gradients;
+  const TrainConfig& train = session.run().train;
+  const int64_t micro_batches = train.global_batch_size / (train.micro_batch_size * session.mesh().dp().size());
+  const auto collectives = predicted_step(session, method, std::vector<BatchSize>(static_cast<size_t>(micro_batches)));
+  const std::map<Purpose, int64_t> payload = payload_by_purpose(collectives);
+  const Ledger::Snapshot predicted = traffic_of_all_ranks(session.mesh(), collectives);
+  for (const Purpose purpose : kMethodPurposes) {
+    const auto p = static_cast<size_t>(purpose);
+    counted.payload[purpose] = at_or_zero(payload, purpose);
+    for (const Link link : kLinks) {
+      const int64_t ours = end.all_ranks[p].over(link).sent / (end.step - end.first_step);
+      counted.sent[static_cast<size_t>(link)] += predicted[p].over(link).sent - ours;
+    }
   }
   return counted;
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -627,7 +628,7 @@ class Runs(Case):
             self.assertIn(key, record)
         self.assertEqual(record["links"]["inside-host"]["adapter-gradients"], {"payload": 74752, "sent": 74752})
         self.assertEqual(record["links"]["between-hosts"], {})
-        self.assertRegex(text, r"\n  sent by all ranks\n  inside-host +149,552 +1,002,032   6\.7 times less\n")
+        self.assertRegex(text, r"\n  sent by all ranks\n  inside-host +149,568 +1,002,048   6\.7 times less\n")
         self.assertEqual(record["step"], 1)
 
     def test_resolved_run_is_the_same_run(self):
@@ -976,6 +977,17 @@ class Runs(Case):
             if ranks > tensor:  # sharded weights of one data-parallel rank have nothing to sum
                 self.assertIn("weight-gradients", report["full"])
                 self.assertGreater(report["ratio"], 1)
+
+    def test_the_closing_table_foretells_full_fine_tuning(self):
+        for settings in ([], ["parallel.shard_base=dp", "adapter.method=dora"]):
+            text = self.succeed(self.train("train.max_steps=1", "eval_steps=0", *settings, ranks=2))
+            report = json.loads(self.succeed(corank("bench", "comm", TINY, *settings, "--json", ranks=2)))
+            for part, column in (("adapter", 1), ("full", 2)):
+                payload = sum(line["counted"] for line in report[part].values())
+                sent = sum(line["sent"]["inside-host"]["counted"] for line in report[part].values())
+                total, inside = (re.search(rf"^  {name} +([\d,]+) +([\d,]+)", text, re.M) for name in ("total", "inside-host"))
+                self.assertEqual([int(found[column].replace(",", "")) for found in (total, inside)], [payload, sent], part)
+            shutil.rmtree(self.out)
 
     def test_bench_step_reports(self):
         report = json.loads(self.succeed(corank("bench", "step", TINY, "--steps", 2, "--warmup", 1, "--json")))
