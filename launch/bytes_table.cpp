@@ -35,17 +35,24 @@ StepBytes bytes_a_step(const EndRecord& end) {
   return bytes;
 }
 
-/// What depends on the method and not on the tokens.
-constexpr std::array kMethodPurposes{Purpose::adapter_gradients, Purpose::weight_gradients, Purpose::gradient_norm,
-                                     Purpose::adapter_statistics, Purpose::base_gathers};
+/// What depends on the method.
+constexpr std::array kMethodPurposes{Purpose::adapter_gradients,  Purpose::weight_gradients,   Purpose::gradient_norm,
+                                     Purpose::adapter_statistics, Purpose::tensor_activations, Purpose::base_gathers};
+
+/// The mean micro-batches of this start's steps.
+std::vector<BatchSize> mean_micro_batches(const Session& session, const EndRecord& end) {
+  const TrainConfig& train = session.run().train;
+  const int64_t rows = train.micro_batch_size * session.mesh().dp().size();
+  const int64_t count = (train.global_batch_size + rows - 1) / rows;
+  const int64_t all = count * (end.step - end.first_step);
+  return std::vector<BatchSize>(static_cast<size_t>(count), {end.tokens / all, end.targets / all});
+}
 
 /// What full fine-tuning would hand over and send in the place of `counted`: what depends on the method is predicted.
 StepBytes as_full(Session& session, const EndRecord& end, StepBytes counted) {
   AdapterConfig method;
   method.method = "full";
-  const TrainConfig& train = session.run().train;
-  const int64_t micro_batches = train.global_batch_size / (train.micro_batch_size * session.mesh().dp().size());
-  const auto collectives = predicted_step(session, method, std::vector<BatchSize>(static_cast<size_t>(micro_batches)));
+  const auto collectives = predicted_step(session, method, mean_micro_batches(session, end));
   const std::map<Purpose, int64_t> payload = payload_by_purpose(collectives);
   const Ledger::Snapshot predicted = traffic_of_all_ranks(session.mesh(), collectives);
   for (const Purpose purpose : kMethodPurposes) {

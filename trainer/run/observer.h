@@ -38,7 +38,9 @@ struct StepRecord {
   double tokens_per_second = 0;  ///< all tokens of the global batch, targets or not
   double step_seconds = 0;
   int64_t peak_memory_bytes = 0;
-  Ledger::Snapshot bytes{};  ///< of this step, this rank
+  Ledger::Snapshot bytes{};                    ///< of this step, this rank
+  int64_t local_tokens = 0, local_targets = 0;  ///< of this rank's micro-batches
+  bool stops = false;                          ///< some rank wants to stop after it
   std::optional<double> eval_loss, eval_accuracy;
 };
 
@@ -60,9 +62,10 @@ struct SaveRecord {
 struct EndRecord {
   int64_t first_step = 0;  ///< after which this start began
   int64_t step = 0, max_steps = 0;
-  Ledger::Snapshot bytes{};      ///< of all steps of this start, this rank
-  Ledger::Snapshot all_ranks{};  ///< the same of all ranks together, without times
-  std::string result;            ///< where the adapter or model of a complete run was written
+  int64_t tokens = 0, targets = 0;  ///< of this rank's micro-batches in these steps
+  Ledger::Snapshot bytes{};         ///< of these steps, this rank; evaluations and saves are none
+  Ledger::Snapshot all_ranks{};     ///< the same of all ranks together, without times
+  std::string result;               ///< where the adapter or model of a complete run was written
 };
 
 /// Everything the trainer reports leaves through this: on_start, on_resume, then in each step on_evaluation (where

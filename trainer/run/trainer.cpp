@@ -45,25 +45,25 @@ TrainingState Trainer::start(const StartRecord& record, const std::string& resum
 
 TrainingState Trainer::run(TrainingState state, const std::function<bool()>& stop,
                            const std::function<std::string()>& write_result) {
-  const Ledger::Snapshot before = ledger_.snapshot();
   const int64_t last = options_.schedule.total_steps;
   EndRecord end;
   end.first_step = state.step;
   end.max_steps = last;
   loader_.restore(state.loader);
-  for (bool going = true; going && state.step < last;) going = advance(state, stop);
+  for (bool going = true; going && state.step < last;) going = advance(state, stop, end);
   end.step = state.step;
-  end.bytes = bytes_since(before);
   end.all_ranks = sum_over_ranks(parts_.mesh.world(), end.bytes);
   if (state.step == last && write_result) end.result = write_result();
   tell([&](Observer& observer) { observer.on_end(end); });
   return state;
 }
 
-bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop) {
+bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop, EndRecord& end) {
   const int64_t step = state.step + 1, last = options_.schedule.total_steps;
-  bool stopping = false;
-  StepRecord record = take_step(step, stop, stopping);
+  StepRecord record = take_step(step, stop);
+  for (int p = 0; p < kNumPurposes; ++p) end.bytes[p] += record.bytes[p];
+  end.tokens += record.local_tokens;
+  end.targets += record.local_targets;
   state = {step, loader_.state()};
   if (due(step, options_.eval_steps)) {
     const EvaluationRecord evaluation = evaluate_after(step);
@@ -73,18 +73,18 @@ bool Trainer::advance(TrainingState& state, const std::function<bool()>& stop) {
   }
   record.logged = due(step, options_.logging_steps) || step == last || record.eval_loss;
   tell([&](Observer& observer) { observer.on_step(record); });
-  if (due(step, options_.save_steps) || step == last || stopping) save(state);
-  return !stopping;
+  if (due(step, options_.save_steps) || step == last || record.stops) save(state);
+  return !record.stops;
 }
 
-StepRecord Trainer::take_step(int64_t step, const std::function<bool()>& stop, bool& stopping) {
+StepRecord Trainer::take_step(int64_t step, const std::function<bool()>& stop) {
   const Ledger::Snapshot before = ledger_.snapshot();
   const auto start = std::chrono::steady_clock::now();
   const StepBatches batches = loader_.next();
   const double rate = lr_at(options_.schedule, step) * parts_.method.learning_rate_scale(step);
   const StepStats stats = train_step(parts_, batches, step, {rate, options_.max_grad_norm, stop});
-  stopping = stats.stop;
   StepRecord record;
+  record.stops = stats.stop;
   record.step = step;
   record.max_steps = options_.schedule.total_steps;
   record.epoch = batches.epoch;
@@ -96,6 +96,10 @@ StepRecord Trainer::take_step(int64_t step, const std::function<bool()>& stop, b
   record.tokens_per_second = static_cast<double>(stats.tokens) / record.step_seconds;
   record.peak_memory_bytes = peak_memory_bytes(parts_.mesh.device());
   record.bytes = bytes_since(before);
+  for (const Batch& batch : batches.micro_batches) {
+    record.local_tokens += batch.num_tokens();
+    record.local_targets += batch.num_targets();
+  }
   return record;
 }
 

@@ -36,9 +36,9 @@ class Trainer {
                     const std::function<std::string()>& write_result = {});
 
  private:
-  /// Collective over the world. One step and what is due after it; false: training is to stop.
-  bool advance(TrainingState& state, const std::function<bool()>& stop);
-  StepRecord take_step(int64_t step, const std::function<bool()>& stop, bool& stopping);
+  /// Collective over the world. One step, counted in `end`, and what is due after it; false: training is to stop.
+  bool advance(TrainingState& state, const std::function<bool()>& stop, EndRecord& end);
+  StepRecord take_step(int64_t step, const std::function<bool()>& stop);
   EvaluationRecord evaluate_after(int64_t step) const;
   void save(const TrainingState& state);
   Ledger::Snapshot bytes_since(const Ledger::Snapshot& before) const;
