@@ -1,5 +1,7 @@
 #include "comm/world.h"
 
+#include <unistd.h>
+
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -47,6 +49,13 @@ World::World(int* argc, char*** argv) {
   host_ = rank_;
   check(MPI_Bcast(&host_, 1, MPI_INT, 0, host), "MPI_Bcast");
   check(MPI_Comm_free(&host), "MPI_Comm_free");
+  hosts_ = local_rank_ == 0 ? 1 : 0;
+  check(MPI_Allreduce(MPI_IN_PLACE, &hosts_, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD), "MPI_Allreduce");
+}
+
+int World::least(int value) const {
+  check(MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD), "MPI_Allreduce");
+  return value;
 }
 
 void World::finish() { check(MPI_Finalize(), "MPI_Finalize"); }
@@ -56,6 +65,35 @@ void World::abort(int code) {
   std::fflush(nullptr);
   if (running()) MPI_Abort(MPI_COMM_WORLD, code);
   std::_Exit(code);
+}
+
+std::string host_name() {
+  std::array<char, 256> name{};
+  gethostname(name.data(), name.size() - 1);
+  return name.data();
+}
+
+std::string mpi_version() {
+  std::array<char, MPI_MAX_LIBRARY_VERSION_STRING> text{};
+  int length = 0;
+  check(MPI_Get_library_version(text.data(), &length), "MPI_Get_library_version");
+  const std::string version = text.data();
+  return version.substr(0, version.find(','));
+}
+
+std::string mpi_setting(const std::string& name) {
+  int level = 0, index = 0, count = 0;
+  if (MPI_T_init_thread(MPI_THREAD_SINGLE, &level) != MPI_SUCCESS) return "";
+  std::string value;
+  MPI_T_cvar_handle handle = MPI_T_CVAR_HANDLE_NULL;
+  if (MPI_T_cvar_get_index(name.c_str(), &index) == MPI_SUCCESS &&
+      MPI_T_cvar_handle_alloc(index, nullptr, &handle, &count) == MPI_SUCCESS) {
+    std::string text(static_cast<size_t>(count) + 1, '\0');
+    if (MPI_T_cvar_read(handle, text.data()) == MPI_SUCCESS) value = text.c_str();
+    MPI_T_cvar_handle_free(&handle);
+  }
+  MPI_T_finalize();
+  return value;
 }
 
 bool started_by_mpi() { return std::getenv("OMPI_COMM_WORLD_RANK") != nullptr || std::getenv("PMIX_RANK") != nullptr; }

@@ -9,6 +9,7 @@
 #include "launch/checks.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
+#include "launch/same_start.h"
 
 namespace corank {
 namespace {
@@ -111,8 +112,8 @@ bool all_equal(const Report& report) {
 
 int run_bench_comm(const CommandLine& line, const World& world) {
   share_cores(world);
-  const RunConfig run = read_run(line.run_file, line.overrides);
-  check_together(check_bench, run, world);
+  const RunConfig run = read_same_run(line.run_file, line.overrides, world);
+  check_together(check_bench, check_bench, run, world);
   RunConfig full_run = run;
   full_run.adapter = {};
   full_run.adapter.method = "full";

@@ -8,6 +8,7 @@
 #include "launch/checks.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
+#include "launch/same_start.h"
 #include "launch/session.h"
 #include "trainer/run/step.h"
 
@@ -16,9 +17,9 @@ namespace {
 
 int run_eval(const CommandLine& command, const World& world) {
   share_cores(world);
-  RunConfig run = read_run(command.run_file, command.overrides);
+  RunConfig run = read_same_run(command.run_file, command.overrides, world);
   run = with_trained_adapter(run, run.model.quantization != "none");
-  check_together(check_evaluation, run, world);
+  check_together(check_evaluation, check_evaluation, run, world);
   Session session(run, world);
   if (session.leader() && run.adapter.path.empty()) {
     fmt::print(stderr, "evaluating the base model: adapter.path names no adapter\n");

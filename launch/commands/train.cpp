@@ -10,6 +10,7 @@
 #include "launch/commands/commands.h"
 #include "launch/console.h"
 #include "launch/results.h"
+#include "launch/same_start.h"
 #include "launch/session.h"
 #include "trainer/run/metrics.h"
 #include "trainer/run/trainer.h"
@@ -54,6 +55,8 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
   GradReducer reducer(mesh, session.store().gradients_of(GradientScope::everywhere),
                       session.store().gradients_of(GradientScope::data), session.method().gradient_purpose());
   const RunIdentity identity = identity_of(run, data);
+  require_same(mesh.world(),
+               {{"run, data or config.json", "identity " + identity.hash, "Give every host the same files."}});
   std::unique_ptr<FolderLock> lock;  // rank 0's
   on_rank_0(mesh.world(), [&] { lock = claim_output(run, identity, storage); });
   Checkpoints checkpoints(storage, run.output_dir, identity, retention_of(run), mesh, session.store(), optimizer,
@@ -76,8 +79,8 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
 
 int run_train(const CommandLine& line, const World& world, Storage& storage) {
   const int threads = share_cores(world);
-  RunConfig run = read_run(line.run_file, line.overrides);
-  check_together(check_training, run, world);
+  RunConfig run = read_same_run(line.run_file, line.overrides, world);
+  check_together(check_training, check_training_inputs, run, world);
   const TokenFile data(run.data.train);
   const int64_t total = total_steps(run, data);
   set_total_steps(run.adapter, total);
