@@ -182,12 +182,6 @@ RunConfig read_run(const std::string& path, const std::vector<std::string>& over
   }
   read_data(file.section("data"), run.data);
   read_parallel(file.section("parallel"), run.parallel);
-  if (run.parallel.shard_base != "none" && make_method(run.adapter)->trains_base()) {
-    file.section("parallel")
-        .fail("shard_base", fmt::format("weights that train cannot be sharded yet, and method {} "
-                                        "trains them; leave it out",
-                                        run.adapter.method));
-  }
   read_train(file.section("train"), run.train, run.model);
   if (run.data.packing && run.train.num_train_epochs.value_or(0) > kMaxPackedEpochs) {
     file.section("train").fail("num_train_epochs", fmt::format("{} is more than the {} that data.packing allows",

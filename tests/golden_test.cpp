@@ -62,7 +62,7 @@ TEST_P(LoraGolden, LossAndGradientsMatch) {
   for (const auto& p : run->store.parameters()) {
     EXPECT_LT(relative_error(p.gradient, golden_.value("grad." + p.spec.name)), 1e-4) << p.spec.name;
   }
-  const double norm = gradient_norm(run->store, run->mesh.tp()).item<double>();
+  const double norm = gradient_norm(run->store, run->mesh).item<double>();
   EXPECT_NEAR(norm / golden_.number("grad_norm"), 1, 1e-5);
 }
 
@@ -102,7 +102,7 @@ TEST_P(LoraGolden, BFloat16StaysNear) {
   EXPECT_LT(relative_error(all_logits(*run->model, golden_.tokens(0), run->mesh.tp()), golden_.value("logits.0")),
             2e-2);
   EXPECT_NEAR(accumulate(*run, golden_.batches()) / golden_.number("loss"), 1, 5e-3);
-  const double norm = gradient_norm(run->store, run->mesh.tp()).item<double>();
+  const double norm = gradient_norm(run->store, run->mesh).item<double>();
   EXPECT_NEAR(norm / golden_.number("grad_norm"), 1, 3e-2);
   run->store.gradients().zero_();
   const at::Tensor losses = golden_.value("losses_20");

@@ -301,23 +301,6 @@ TEST(Formats, OutlinesHaveTheBytes) {
   }
 }
 
-TEST(Formats, ReplaceQuantisesOrRefuses) {
-  const at::Tensor w = normal({64, 128}), other = normal({64, 128}) * 2;
-  for (const std::string& name : format_names()) {
-    const FormatOptions options{name, true, at::kFloat, at::kCPU};
-    const auto weight = make_frozen_weight(options, stored(w), {});
-    weight->replace(other);
-    EXPECT_TRUE(same_bits(weight->dense_OI(), make_frozen_weight(options, stored(other), {})->dense_OI())) << name;
-  }
-  const auto refuses = [&](const char* name, const Shard& shard) {
-    const auto weight = make_frozen_weight({name, true, at::kFloat, at::kCPU}, stored(w), shard);
-    EXPECT_THROW(weight->replace(take_shard(other, shard)), InternalError) << name;
-  };
-  refuses("nf4", {0, 0, 32});
-  refuses("nf4", {1, 64, 64});
-  refuses("int8", {1, 64, 64});
-}
-
 TEST(Formats, WeightsThatAreNotFiniteAreRefusedByName) {
   for (const double bad : {std::nan(""), static_cast<double>(INFINITY)}) {
     at::Tensor w = normal({4, 64}, at::kBFloat16);

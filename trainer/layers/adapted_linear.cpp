@@ -67,10 +67,12 @@ void AdaptedLinear::train_base(ParameterStore& store) {
   weight.shape = {site_.out, site_.in};
   weight.shard = site_.split == Split::column ? site_.out_shard : site_.in_shard;
   if (!weight.shard.whole()) weight.shard.dim = site_.split == Split::column ? 0 : 1;
-  weight.initialise = [old = weight_->dense_OI()](const at::Tensor& local) { local.copy_(old); };
-  weight.bind = [this](const ops::Weight& w) {
+  weight.share = weight_share_ = base_.place.residency->trained_share(base_.format.dtype);
+  if (weight.share) weight.scope = GradientScope::summed;
+  weight.initialise = [this](const at::Tensor& local) { local.copy_(weight_->dense_OI()); };
+  weight.bind = [this, shape = weight.shard.local_shape(weight.shape)](const ops::Weight& w) {
     base_.place.room_OI = at::Tensor();  // the trained tensor takes its place
-    weight_->replace(w.value);
+    weight_ = make_trained_weight(w.value, shape, base_.place);
     weight_leaf_ = w.leaf;
   };
   store.add(std::move(weight));
@@ -92,6 +94,7 @@ Projection AdaptedLinear::projection(const ForwardContext& context, const at::Te
   Projection p;
   p.matrix = weight_.get();
   p.matrix_leaf = weight_leaf_;
+  p.matrix_share = weight_share_.get();
   if (bias_O_.defined() && adds_bias_) p.bias_O = bias_O_;
   if (!adapter_ || is_merged_) return p;
   ops::Dropout dropout;

@@ -59,6 +59,7 @@ class AdaptedLinear {
   BaseWeight base_;
   std::unique_ptr<FrozenWeight> weight_;
   at::Tensor weight_leaf_;
+  std::shared_ptr<TrainedShare> weight_share_;
   ops::Weight bias_O_;
   bool adds_bias_;
   bool is_merged_ = false, is_original_ = true;

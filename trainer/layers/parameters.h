@@ -9,6 +9,7 @@
 
 #include "comm/communicator.h"
 #include "trainer/ops/weight.h"
+#include "trainer/weights/residency.h"
 #include "trainer/weights/shard.h"
 
 namespace corank {
@@ -17,6 +18,7 @@ namespace corank {
 enum class GradientScope {
   everywhere,  ///< replicated over tp, each rank forms a partial sum: summed over dp x tp
   data,        ///< sharded, or replicated and exact on every tp rank: summed over dp
+  summed,      ///< shared by the dp ranks (ParameterSpec::share): arrives summed
 };
 
 struct ParameterSpec {
@@ -24,6 +26,7 @@ struct ParameterSpec {
   std::vector<int64_t> shape;  ///< full
   Shard shard;
   GradientScope scope = GradientScope::data;
+  std::shared_ptr<TrainedShare> share = nullptr;            ///< scope summed: this rank keeps a flat part of its block
   bool decays = true;                                       ///< weight decay applies
   double lr_scale = 1;                                      ///< times the run's learning rate
   std::function<void(const at::Tensor& local)> initialise;  ///< fills this rank's block (master dtype)
@@ -34,8 +37,7 @@ struct ParameterSpec {
 void require_shape(const ParameterSpec& spec, const at::Tensor& full);
 
 /// Everything that trains, in one flat buffer: masters (float32), gradients, and copies in the compute dtype where it
-/// differs. Order: scope everywhere first, then data, each in order of add(); so the gradients of one scope are one
-/// tensor.
+/// differs. Order: by scope, then in order of add(); so the gradients of one scope are one tensor.
 ///
 ///   store.add(spec) ...; store.allocate(...);   // initialises and binds
 ///   forward, backward                            // gradients add up in gradients()
@@ -44,7 +46,7 @@ class ParameterStore {
  public:
   struct Parameter {
     ParameterSpec spec;
-    at::Tensor master;    ///< view into masters(), without requires_grad
+    at::Tensor master;    ///< view into masters(), without requires_grad; flat where the ranks share it
     at::Tensor gradient;  ///< view into gradients()
     ops::Weight weight;
     int64_t begin = 0;  ///< element offset in the flat buffers
@@ -71,14 +73,16 @@ class ParameterStore {
   void refresh();
   /// Overwrites the block of a parameter with its part of a full tensor. InputError if the shape differs.
   void load(const std::string& name, const at::Tensor& full);
-  /// Collective over tp. Full tensors of all parameters by name, on the CPU, from a flat buffer laid out like
-  /// masters().
+  /// The part of a full tensor that this rank keeps, in the master's shape. InputError if the shape differs.
+  at::Tensor part_of(const Parameter& parameter, const at::Tensor& full) const;
+  /// Collective over tp, and over dp where its ranks share parameters. Full tensors of all parameters by name, on the
+  /// CPU, from a flat buffer laid out like masters().
   std::vector<std::pair<std::string, at::Tensor>> gather(const at::Tensor& flat, Communicator& tp) const;
 
  private:
   std::vector<Parameter> parameters_;
   std::map<std::string, size_t> index_;
-  int64_t num_everywhere_ = 0;
+  int64_t num_everywhere_ = 0, num_data_ = 0;
   at::Tensor masters_, gradients_, compute_;
 };
 

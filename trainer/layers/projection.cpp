@@ -35,7 +35,12 @@ at::Tensor anchor_of(const std::vector<Projection>& projections) {
 void backward_one(const Projection& p, const at::Tensor& g_NO, const at::Tensor& x_NI, const variable_list& saved,
                   const InputGradient& dx) {
   if (p.matrix_leaf.defined()) {
-    ops::add_gradient(p.matrix_leaf, ops::matmul_to(g_NO.t(), x_NI, p.matrix_leaf.scalar_type()));
+    at::Tensor dw_OI = ops::matmul_to(g_NO.t(), x_NI, p.matrix_leaf.scalar_type());
+    if (p.matrix_share) {
+      p.matrix_share->add_gradient(p.matrix_leaf, std::move(dw_OI));
+    } else {
+      ops::add_gradient(p.matrix_leaf, dw_OI);
+    }
   }
   if (p.bias_O.trains()) {
     ops::add_gradient(p.bias_O.leaf, g_NO.sum(0, /*keepdim=*/false, p.bias_O.leaf.scalar_type()));

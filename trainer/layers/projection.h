@@ -12,6 +12,7 @@ namespace corank {
 struct Projection {
   const Matrix* matrix = nullptr;        ///< borrowed until backward is done
   at::Tensor matrix_leaf;                ///< defined where W itself trains (full fine-tuning): its gradient is formed
+  TrainedShare* matrix_share = nullptr;  ///< how ranks share such a W; null: the leaf is all of it
   ops::Weight bias_O;                    ///< may be undefined
   std::shared_ptr<const Update> update;  ///< may be null
 };

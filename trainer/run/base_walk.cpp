@@ -14,7 +14,7 @@ bool is_feed_forward(const LinearSize& linear) {
 /// The numbers of weights (StoredSize) in the order in which a micro-batch asks for them.
 class BaseWalk {
  public:
-  explicit BaseWalk(const TrafficShape& shape) : shape_(shape) {}
+  explicit BaseWalk(const std::vector<StoredSize>& stored) : stored_(stored) {}
 
   void forward(const HalfLayer& half) {
     ask(half.in.front());
@@ -27,15 +27,15 @@ class BaseWalk {
   const std::vector<int64_t>& orders() const { return orders_; }
 
  private:
-  void ask(size_t linear) { orders_.push_back(shape_.stored[linear].order); }
+  void ask(size_t linear) { orders_.push_back(stored_[linear].order); }
 
-  const TrafficShape& shape_;
+  const std::vector<StoredSize>& stored_;
   std::vector<int64_t> orders_;
 };
 
-std::vector<int64_t> walk_of_micro_batch(const TrafficShape& shape, const std::vector<HalfLayer>& halves,
+std::vector<int64_t> walk_of_micro_batch(const std::vector<StoredSize>& stored, const std::vector<HalfLayer>& halves,
                                          Checkpointing checkpointing) {
-  BaseWalk walk(shape);
+  BaseWalk walk(stored);
   for (const HalfLayer& half : halves) walk.forward(half);
   for (size_t end = halves.size(); end > 0; --end) {
     const HalfLayer& half = halves[end - 1];
@@ -74,13 +74,13 @@ std::vector<HalfLayer> half_layers(const TrafficShape& shape, const std::set<std
   return halves;
 }
 
-std::vector<int64_t> base_gathers(const TrafficShape& shape, const std::vector<HalfLayer>& halves,
+std::vector<int64_t> base_gathers(const std::vector<StoredSize>& stored, const std::vector<HalfLayer>& halves,
                                   Checkpointing checkpointing) {
   std::map<int64_t, std::vector<int64_t>> bytes;  // of the weights of one number
-  for (const StoredSize& weight : shape.stored) bytes[weight.order].push_back(weight.gather_bytes);
+  for (const StoredSize& weight : stored) bytes[weight.order].push_back(weight.gather_bytes);
   Slots slots;
   std::vector<int64_t> gathers;
-  for (const int64_t order : walk_of_micro_batch(shape, halves, checkpointing)) {
+  for (const int64_t order : walk_of_micro_batch(stored, halves, checkpointing)) {
     if (!slots.has(order)) gathers.insert(gathers.end(), bytes.at(order).begin(), bytes.at(order).end());
     slots.ask(order);
   }

@@ -21,8 +21,8 @@ struct HalfLayer {
 std::vector<HalfLayer> half_layers(const TrafficShape& shape, const std::set<std::string>& trained, bool below_trains,
                                    Checkpointing checkpointing);
 
-/// Bytes of each gather of a frozen weight in one micro-batch, forward and backward, on this rank.
-std::vector<int64_t> base_gathers(const TrafficShape& shape, const std::vector<HalfLayer>& halves,
+/// Bytes of each gather of a weight in one micro-batch, forward and backward, on this rank. `stored`: of each linear.
+std::vector<int64_t> base_gathers(const std::vector<StoredSize>& stored, const std::vector<HalfLayer>& halves,
                                   Checkpointing checkpointing);
 
 }  // namespace corank

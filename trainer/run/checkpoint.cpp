@@ -137,9 +137,8 @@ TrainingState Checkpoints::load(const std::string& path) {
   const h5::Reader file(path + "/state.h5");
   const auto restore = [&](const std::string& group, const at::Tensor& flat) {
     for (const auto& p : store_.parameters()) {
-      const at::Tensor full = file.read(group + "/" + p.spec.name);
-      require_shape(p.spec, full);
-      flat.narrow(0, p.begin, p.master.numel()).view(p.master.sizes()).copy_(take_shard(full, p.spec.shard));
+      const at::Tensor part = store_.part_of(p, file.read(group + "/" + p.spec.name));
+      flat.narrow(0, p.begin, p.master.numel()).view(p.master.sizes()).copy_(part);
     }
   };
   for (const auto& [group, flat] : state_buffers()) restore(group, flat);

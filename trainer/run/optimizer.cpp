@@ -36,23 +36,33 @@ void Optimizer::restart() {
   exp_avg_sq_.zero_();
 }
 
-at::Tensor gradient_norm(const ParameterStore& store, Communicator& tp) {
+at::Tensor gradient_norm(const ParameterStore& store, const Mesh& mesh) {
   const auto square = [](const at::Tensor& flat) {
     return at::linalg_vector_norm(flat, 2, {}, false, at::kDouble).square_();
   };
   at::Tensor replicated = at::zeros({}, store.gradients().options().dtype(at::kDouble));
   at::Tensor sharded = replicated.clone();
+  const at::Tensor shared = store.gradients_of(GradientScope::summed);
   // Neighbours of one kind are one norm: two host calls instead of one a tensor.
   const auto& all = store.parameters();
-  for (size_t i = 0; i < all.size();) {
+  for (size_t i = 0; i < all.size() && all[i].spec.scope != GradientScope::summed;) {
     size_t end = i + 1;
-    while (end < all.size() && all[end].spec.shard.whole() == all[i].spec.shard.whole()) ++end;
+    const auto alike = [&](const auto& other) {
+      return other.spec.scope != GradientScope::summed && other.spec.shard.whole() == all[i].spec.shard.whole();
+    };
+    while (end < all.size() && alike(all[end])) ++end;
     const int64_t count = all[end - 1].begin + all[end - 1].master.numel() - all[i].begin;
     (all[i].spec.shard.whole() ? replicated : sharded).add_(square(store.gradients().narrow(0, all[i].begin, count)));
     i = end;
   }
-  tp.all_reduce(sharded, ReduceOp::sum, Purpose::gradient_norm);
-  return replicated.add_(sharded).sqrt_();
+  mesh.tp().all_reduce(sharded, ReduceOp::sum, Purpose::gradient_norm);
+  replicated.add_(sharded);
+  if (shared.numel() > 0) {
+    const at::Tensor squares = square(shared);
+    mesh.world().all_reduce(squares, ReduceOp::sum, Purpose::gradient_norm);
+    replicated.add_(squares);
+  }
+  return replicated.sqrt_();
 }
 
 }  // namespace corank

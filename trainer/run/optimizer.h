@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "comm/mesh.h"
 #include "trainer/layers/parameters.h"
 #include "trainer/ops/adamw.h"
 
@@ -42,8 +43,9 @@ class Optimizer {
   at::Tensor exp_avg_, exp_avg_sq_, step_;
 };
 
-/// Collective over tp (purpose gradient_norm). Euclidean norm of the whole gradient over all trainable parameters, a
-/// float64 scalar on the device, equal on all ranks: replicated tensors once, shards summed over tp.
-at::Tensor gradient_norm(const ParameterStore& store, Communicator& tp);
+/// Collective over tp, and over the world where data-parallel ranks share parameters (purpose gradient_norm). Euclidean
+/// norm of the whole gradient over all trainable parameters, a float64 scalar on the device, equal on all ranks:
+/// replicated tensors once, shards summed over tp, shared parts over the world.
+at::Tensor gradient_norm(const ParameterStore& store, const Mesh& mesh);
 
 }  // namespace corank

@@ -90,7 +90,7 @@ StepStats train_step(const StepParts& parts, const StepBatches& batches, int64_t
   mesh.dp().all_reduce(loss, ReduceOp::sum, Purpose::data_control);
   parts.method.add_gradients(step, mesh);
 
-  const at::Tensor norm = gradient_norm(parts.store, mesh.tp());
+  const at::Tensor norm = gradient_norm(parts.store, mesh);
   clip(gradients, norm, options.max_grad_norm);
   parts.optimizer.step(options.learning_rate, parts.method.age_of_moments(step), not_finite(loss, norm));
   const StepStats stats = read_stats(loss, norm, counts, stop_flag(options.stop, mesh.world()));

@@ -8,6 +8,7 @@
 #include "trainer/methods/start.h"
 #include "trainer/methods/targets.h"
 #include "trainer/run/base_walk.h"
+#include "trainer/weights/sharded.h"
 
 namespace corank {
 namespace {
@@ -99,6 +100,29 @@ void add_apart(CollectiveList& list, const TrafficShape& shape, const std::set<s
   }
 }
 
+bool is_shared(const TrafficShape& shape) {
+  return std::any_of(shape.stored.begin(), shape.stored.end(),
+                     [](const StoredSize& weight) { return weight.gather_bytes > 0; });
+}
+
+/// Of the linears where they train: dense, whatever the base is stored in.
+std::vector<StoredSize> stored_dense(const TrafficShape& shape, int tensor, int data, int element_bytes) {
+  std::vector<StoredSize> stored = shape.stored;
+  for (size_t i = 0; i < stored.size(); ++i) {
+    const LinearSize& linear = shape.linears[i];
+    stored[i].gather_bytes = share_of(linear.in * linear.out / tensor * element_bytes, data);
+  }
+  return stored;
+}
+
+/// The gradients of weights that ranks share go to those that own the parts, in each micro-batch.
+void add_scatters(CollectiveList& list, const std::vector<StoredSize>& stored, int data, int element_bytes) {
+  for (const StoredSize& weight : stored) {
+    const int64_t elements = data * weight.gather_bytes / element_bytes;
+    list.add({Purpose::weight_gradients, Axis::dp, {Collective::reduce_scatter, elements, sizeof(float)}});
+  }
+}
+
 }  // namespace
 
 TrafficShape traffic_shape(Model& model, const AdapterConfig& adapter) {
@@ -124,11 +148,12 @@ std::vector<StepCollective> predict_step(const TrafficShape& shape, const Adapte
   const auto method = make_method(adapter);
   const bool full = method->trains_base();
   const auto trained = trained_linears(shape, adapter, full);
+  const bool shares_trained = full && is_shared(shape);
   GradientSizes sizes = other_gradients(shape, full);
   for (const LinearSize& linear : trained) {
     const GradientSizes one = method->gradient_sizes(linear, tensor);
     sizes.everywhere += one.everywhere;
-    sizes.data += one.data;
+    sizes.data += one.data - (shares_trained ? linear.in * linear.out / tensor : 0);
   }
   CollectiveList list(tensor, data);
   list.add_sum(method->gradient_purpose(), Axis::world, sizes.everywhere, sizeof(float));
@@ -138,11 +163,14 @@ std::vector<StepCollective> predict_step(const TrafficShape& shape, const Adapte
   list.add_sum(Purpose::data_control, Axis::world, 1, sizeof(int64_t));  // request to stop
   for (const StepCollective& collective : method->statistics(trained, step)) list.add(collective);
   list.add_sum(Purpose::gradient_norm, Axis::tp, 1, sizeof(double));
+  if (shares_trained) list.add_sum(Purpose::gradient_norm, Axis::world, 1, sizeof(double));
+  const auto stored = shares_trained ? stored_dense(shape, tensor, data, activation_bytes) : shape.stored;
   const std::set<std::string> names = names_of(trained);
   const auto halves = half_layers(shape, names, embedding_trains(shape, full), checkpointing);
   add_apart(list, shape, names, method->base_reads());
   for (const BatchSize& batch : micro_batches) {
-    for (const int64_t bytes : base_gathers(shape, halves, checkpointing)) add_gather(list, bytes);
+    for (const int64_t bytes : base_gathers(stored, halves, checkpointing)) add_gather(list, bytes);
+    if (shares_trained) add_scatters(list, stored, data, activation_bytes);
     const int64_t sums = sums_per_token(halves);
     list.add_sum(Purpose::tensor_activations, Axis::tp, batch.tokens * shape.hidden, activation_bytes, sums);
     add_loss(list, batch.targets, (shape.vocab + tensor - 1) / tensor);

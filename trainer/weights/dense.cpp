@@ -10,7 +10,10 @@ class DenseWeight : public FrozenWeight {
     place_.room_OI = at::Tensor();  // a weight that takes this one's place frees it
     keep({w_OI});
   }
-  void replace(const at::Tensor& w_OI) override { keep({w_OI}); }
+  DenseWeight(const at::Tensor& values, at::IntArrayRef shape, WeightPlace place) : FrozenWeight(std::move(place)) {
+    place_.room_OI = at::Tensor();
+    keep_trained(values, shape);
+  }
 
  private:
   at::Tensor unpack(Pass pass) const override { return stored(pass)[0]; }
@@ -24,6 +27,10 @@ std::unique_ptr<FrozenWeight> make_dense_weight(const FormatOptions& options, co
   if (!place.room_OI.defined()) return std::make_unique<DenseWeight>(w_OI, place);
   place.room_OI.copy_(w_OI);
   return std::make_unique<DenseWeight>(place.room_OI, place);
+}
+
+std::unique_ptr<FrozenWeight> make_trained_weight(const at::Tensor& values, at::IntArrayRef shape, WeightPlace place) {
+  return std::make_unique<DenseWeight>(values, shape, std::move(place));
 }
 
 }  // namespace corank

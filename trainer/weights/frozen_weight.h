@@ -23,9 +23,6 @@ struct WeightPlace {
 /// nothing of size [O, I] in the compute dtype outlives a call unless the format is dense.
 class FrozenWeight : public Matrix {
  public:
-  /// Takes the place of the weight (full fine-tuning: the trained tensor). Dense formats keep the tensor itself, others
-  /// quantise it; InternalError where its statistics span what other ranks hold.
-  virtual void replace(const at::Tensor& w_OI) = 0;
   /// Its place in forward; weights of one input share it.
   int64_t order() const { return place_.order; }
   /// Bytes held on the device.
@@ -37,6 +34,9 @@ class FrozenWeight : public Matrix {
   explicit FrozenWeight(WeightPlace place) : place_(std::move(place)) {}
   /// Hands the stored tensors over, in place of earlier ones.
   void keep(std::vector<at::Tensor> tensors) { bytes_ = place_.residency->keep(place_.order, std::move(tensors)); }
+  void keep_trained(const at::Tensor& values, at::IntArrayRef shape) {
+    bytes_ = place_.residency->keep_trained(place_.order, values, shape);
+  }
   std::vector<at::Tensor> stored(Pass pass) const { return bytes_->on_device(pass); }
 
   WeightPlace place_;
@@ -74,6 +74,8 @@ std::vector<std::string> format_names();
 /// A frozen weight in the named format; an unknown name is a ConfigError that lists the known ones.
 std::unique_ptr<FrozenWeight> make_frozen_weight(const FormatOptions& options, const StoredWeight& stored,
                                                  const Shard& shard, const WeightPlace& place = {});
+/// A weight of `shape` that trains, dense: `values` as in Residency::keep_trained.
+std::unique_ptr<FrozenWeight> make_trained_weight(const at::Tensor& values, at::IntArrayRef shape, WeightPlace place);
 /// Rooms for weights of `rows` output features that read one input of `in`, one above the other in one matrix;
 /// undefined where the format or the residency has none.
 std::vector<at::Tensor> shared_rooms(const FormatOptions& options, const std::vector<int64_t>& rows, int64_t in,

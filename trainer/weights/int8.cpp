@@ -1,4 +1,3 @@
-#include "configs/error.h"
 #include "trainer/weights/formats.h"
 
 namespace corank {
@@ -7,15 +6,9 @@ namespace {
 /// 8 bits a weight and a scale for each output row (methods 6.10).
 class Int8Weight : public FrozenWeight {
  public:
-  Int8Weight(const ops::Int8& weight, at::ScalarType dtype, bool has_full_rows, WeightPlace place)
-      : FrozenWeight(std::move(place)), dtype_(dtype), has_full_rows_(has_full_rows) {
+  Int8Weight(const ops::Int8& weight, at::ScalarType dtype, WeightPlace place)
+      : FrozenWeight(std::move(place)), dtype_(dtype) {
     keep({weight.q_OI, weight.scale_O1});
-  }
-
-  void replace(const at::Tensor& w_OI) override {
-    if (!has_full_rows_) throw InternalError("int8: a part of a row was to be quantised without the rest of it");
-    const ops::Int8 w = ops::int8_quantise(w_OI);
-    keep({w.q_OI, w.scale_O1});
   }
 
  private:
@@ -25,7 +18,6 @@ class Int8Weight : public FrozenWeight {
   }
 
   at::ScalarType dtype_;
-  bool has_full_rows_;
 };
 
 }  // namespace
@@ -36,7 +28,7 @@ std::unique_ptr<FrozenWeight> make_int8_weight(const FormatOptions& options, con
   ops::Int8 weight = ops::int8_quantise(read_finite(stored, has_full_rows ? shard : Shard{}));
   if (!has_full_rows) weight.q_OI = take_shard(weight.q_OI, shard).contiguous();
   weight = {weight.q_OI.to(options.device), weight.scale_O1.to(options.device)};
-  return std::make_unique<Int8Weight>(weight, options.dtype, has_full_rows, place);
+  return std::make_unique<Int8Weight>(weight, options.dtype, place);
 }
 
 }  // namespace corank

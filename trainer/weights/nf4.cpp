@@ -9,22 +9,13 @@ namespace {
 /// QLoRA's 4 bits a weight and an absmax for each 64, in 8 bits again with double_quant (methods 6.1 to 6.9).
 class Nf4Weight : public FrozenWeight {
  public:
-  Nf4Weight(const ops::Nf4& weight, const FormatOptions& options, bool whole, WeightPlace place)
-      : FrozenWeight(std::move(place)), options_(options), whole_(whole) {
-    keep_form(weight);
-  }
-
-  void replace(const at::Tensor& w_OI) override {
-    if (!whole_) throw InternalError("nf4: a part of a weight was to be quantised without the rest of it");
-    keep_form(ops::nf4_quantise(w_OI.cpu(), options_.double_quant));
-  }
-
- private:
-  void keep_form(const ops::Nf4& weight) {
-    form_ = weight.to(options_.device);
+  Nf4Weight(const ops::Nf4& weight, const FormatOptions& options, WeightPlace place)
+      : FrozenWeight(std::move(place)), options_(options), form_(weight.to(options.device)) {
     keep({form_.codes, form_.absmax_RB, form_.nested_absmax, form_.nested_map});
     form_.codes = form_.absmax_RB = form_.nested_absmax = form_.nested_map = at::Tensor();
   }
+
+ private:
   at::Tensor unpack(Pass pass) const override {
     ops::Nf4 weight = form_;
     const auto tensors = stored(pass);
@@ -36,7 +27,6 @@ class Nf4Weight : public FrozenWeight {
   }
 
   FormatOptions options_;
-  bool whole_;
   ops::Nf4 form_;  ///< without its tensors
 };
 
@@ -58,7 +48,7 @@ std::unique_ptr<FrozenWeight> make_nf4_weight(const FormatOptions& options, cons
                                               const Shard& shard, const WeightPlace& place) {
   ops::Nf4 weight = full_weight(options, stored);
   if (!shard.whole()) weight = ops::nf4_narrow(weight, shard.dim, shard.start, shard.block);
-  return std::make_unique<Nf4Weight>(weight, options, shard.whole(), place);
+  return std::make_unique<Nf4Weight>(weight, options, place);
 }
 
 }  // namespace corank

@@ -27,6 +27,9 @@ class Resident : public Residency {
   std::unique_ptr<StoredBytes> keep(int64_t, std::vector<at::Tensor> tensors) override {
     return std::make_unique<ResidentBytes>(std::move(tensors));
   }
+  std::unique_ptr<StoredBytes> keep_trained(int64_t, const at::Tensor& values, at::IntArrayRef shape) override {
+    return std::make_unique<ResidentBytes>(std::vector<at::Tensor>{values.view(shape)});
+  }
   at::Tensor shared_room(at::IntArrayRef shape, const at::TensorOptions& options) override {
     return at::empty(shape, options);
   }

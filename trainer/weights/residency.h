@@ -28,6 +28,22 @@ class StoredBytes {
   virtual int64_t gather_bytes() const { return 0; }
 };
 
+/// How the data-parallel ranks share a weight that trains: its elements laid flat are cut into equal parts, the last
+/// with zeros behind it. All that is collective is so over them.
+class TrainedShare {
+ public:
+  virtual ~TrainedShare() = default;
+  /// Elements of a part of `elements`.
+  virtual int64_t part_elements(int64_t elements) const = 0;
+  /// This rank's part of a tensor, flat, in memory of its own.
+  virtual at::Tensor part_of(const at::Tensor& block) const = 0;
+  /// Collective. The tensor of `shape` from the ranks' parts (purpose checkpoint).
+  virtual at::Tensor whole(const at::Tensor& part, at::IntArrayRef shape) const = 0;
+  /// Collective, within a backward pass. Adds this rank's part of the ranks' summed gradients of the whole tensor to
+  /// the gradient of `leaf`, perhaps on another stream; done when the backward pass is (purpose weight_gradients).
+  virtual void add_gradient(const at::Tensor& leaf, at::Tensor gradient) = 0;
+};
+
 /// Where the bytes of frozen weights are. A format says how bytes become a product and knows nothing of this. Outlives
 /// the weights.
 class Residency {
@@ -36,6 +52,11 @@ class Residency {
   /// Takes over a weight's tensors, which are on the run's device. `order`: its place in forward, from 0; weights of
   /// one input share a number, and it comes again where a weight is made anew.
   virtual std::unique_ptr<StoredBytes> keep(int64_t order, std::vector<at::Tensor> tensors) = 0;
+  /// The same for a weight that trains, of `shape`, whose values change in place: all of it, or with trained_share()
+  /// this rank's part, flat.
+  virtual std::unique_ptr<StoredBytes> keep_trained(int64_t order, const at::Tensor& values, at::IntArrayRef shape) = 0;
+  /// How ranks share what trains and is multiplied in `dtype`; null: each has all of it.
+  virtual std::shared_ptr<TrainedShare> trained_share(at::ScalarType /*dtype*/) { return nullptr; }
   /// Memory of [O, I] in which several weights of one input may lie one above the other, so that they can be one
   /// product; undefined where weights come and go one by one.
   virtual at::Tensor shared_room(at::IntArrayRef shape, const at::TensorOptions& options) = 0;

@@ -36,6 +36,9 @@ class Slots {
   std::vector<int64_t> held_;  ///< what was asked for last is in front
 };
 
+/// What each of `ranks` keeps of `bytes` that they share: equal parts, in whole alignments of kernels.
+int64_t share_of(int64_t bytes, int64_t ranks);
+
 /// Weights whose stored bytes (4 bits a weight stay 4 bits) are divided evenly between the ranks of `group`, as the
 /// frozen part of a ZeRO-3 run (arXiv 1910.02054): each rank keeps 1/D and gathers the rest for each pass, the next
 /// weight while this one multiplies, again in backward. Two weights, or two groups of weights with one input, are whole
