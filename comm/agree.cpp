@@ -96,7 +96,7 @@ std::string lines_beyond(const std::string& text, const std::string& other) {
 }
 
 /// What this rank's `text` has and rank 0's `other` has not, and the reverse.
-std::string difference(const std::string& text, const std::string& other) {
+std::string fact_difference(const std::string& text, const std::string& other) {
   const std::string mine = lines_beyond(text, other), rank_0s = lines_beyond(other, text);
   if (mine.empty() && rank_0s.empty()) return "the same lines as rank 0 in another order";
   const auto or_nothing = [](const std::string& lines) { return lines.empty() ? "nothing" : lines; };
@@ -134,7 +134,7 @@ void require_same(Communicator& world, const std::vector<Fact>& facts) {
   for (const Fact& fact : facts) {
     const std::string other = broadcast_text(world, fact.value);
     if (other == fact.value) continue;
-    differences += fmt::format(" {}: {}. {}", fact.name, difference(fact.value, other), fact.remedy);
+    differences += fmt::format(" {}: {}. {}", fact.name, fact_difference(fact.value, other), fact.remedy);
   }
   const auto [count, first] = count_and_first(world, !differences.empty());
   if (count == 0) return;

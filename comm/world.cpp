@@ -28,6 +28,18 @@ bool running() {
   return initialized && !finalized;
 }
 
+/// Within MPI_T_init_thread and MPI_T_finalize.
+std::string setting_in_force(const std::string& name) {
+  int index = 0, count = 0;
+  MPI_T_cvar_handle handle = MPI_T_CVAR_HANDLE_NULL;
+  if (MPI_T_cvar_get_index(name.c_str(), &index) != MPI_SUCCESS) return "";
+  if (MPI_T_cvar_handle_alloc(index, nullptr, &handle, &count) != MPI_SUCCESS) return "";
+  std::string text(static_cast<size_t>(count) + 1, '\0');
+  const bool read = MPI_T_cvar_read(handle, text.data()) == MPI_SUCCESS;
+  MPI_T_cvar_handle_free(&handle);
+  return read ? text.c_str() : "";
+}
+
 }  // namespace
 
 World::World(int* argc, char*** argv) {
@@ -81,19 +93,13 @@ std::string mpi_version() {
   return version.substr(0, version.find(','));
 }
 
-std::string mpi_setting(const std::string& name) {
-  int level = 0, index = 0, count = 0;
-  if (MPI_T_init_thread(MPI_THREAD_SINGLE, &level) != MPI_SUCCESS) return "";
-  std::string value;
-  MPI_T_cvar_handle handle = MPI_T_CVAR_HANDLE_NULL;
-  if (MPI_T_cvar_get_index(name.c_str(), &index) == MPI_SUCCESS &&
-      MPI_T_cvar_handle_alloc(index, nullptr, &handle, &count) == MPI_SUCCESS) {
-    std::string text(static_cast<size_t>(count) + 1, '\0');
-    if (MPI_T_cvar_read(handle, text.data()) == MPI_SUCCESS) value = text.c_str();
-    MPI_T_cvar_handle_free(&handle);
-  }
-  MPI_T_finalize();
-  return value;
+std::map<std::string, std::string> mpi_settings(const std::vector<std::string>& names) {
+  int level = 0;
+  check(MPI_T_init_thread(MPI_THREAD_SINGLE, &level), "MPI_T_init_thread");
+  std::map<std::string, std::string> values;
+  for (const std::string& name : names) values[name] = setting_in_force(name);
+  check(MPI_T_finalize(), "MPI_T_finalize");
+  return values;
 }
 
 bool started_by_mpi() { return std::getenv("OMPI_COMM_WORLD_RANK") != nullptr || std::getenv("PMIX_RANK") != nullptr; }

@@ -32,13 +32,13 @@ bool is_shared(std::string_view name) {
          std::none_of(kOwnParts.begin(), kOwnParts.end(), has);
 }
 
-std::vector<std::string> environment() {
+std::vector<std::string> own_environment() {
   std::vector<std::string> all;
   for (char** entry = environ; *entry; ++entry) all.emplace_back(*entry);
   return all;
 }
 
-std::string lines(const std::vector<std::string>& texts) { return fmt::format("{}", fmt::join(texts, "\n")); }
+std::string on_lines(const std::vector<std::string>& texts) { return fmt::format("{}", fmt::join(texts, "\n")); }
 
 /// srun without PMIx starts tasks that MPI takes for one-rank jobs: each would do the whole run.
 void require_peers(const World& world) {
@@ -46,27 +46,28 @@ void require_peers(const World& world) {
   if (!tasks || world.size() > 1 || started_by_mpi() || std::string_view(tasks) == "1") return;
   throw ConfigError(
       fmt::format("srun started {} tasks, but this one is alone: MPI was told of no others. Start them with srun "
-                  "--mpi=pmix, or with "
-                  "mpirun inside the allocation.",
+                  "--mpi=pmix, or with mpirun inside the allocation.",
                   tasks));
 }
 
-Fact program() {
+Fact program_fact() {
   return {"program", "SHA-256 " + sha256_of_file("/proc/self/exe"), "Install the same build on every host."};
 }
 
 /// Of ranks that run one program: their number depends on it.
-std::vector<Fact> surroundings(const std::vector<std::string>& command_line) {
-  std::vector<Fact> facts{{"command line", lines(command_line), "Start every rank with the same one."}};
+std::vector<Fact> surrounding_facts(const std::vector<std::string>& command_line) {
+  std::vector<Fact> facts{{"command line", on_lines(command_line), "Start every rank with the same one."}};
   for (const auto& [name, version] : loaded_versions()) {
     facts.push_back({name, version,
                      "Install the same libraries on every host; CPUs of several kinds compute alike with "
                      "ATEN_CPU_CAPABILITY=avx2 on all."});
   }
   std::string components;
-  for (const char* name : {"pml", "btl", "mtl", "coll"}) components += fmt::format("{}={}\n", name, mpi_setting(name));
+  for (const auto& [name, value] : mpi_settings({"btl", "coll", "mtl", "pml"})) {
+    components += fmt::format("{}={}\n", name, value);
+  }
   facts.push_back({"Open MPI's components", components, "Give mpirun the same --mca options for all hosts."});
-  facts.push_back({"settings", shared_settings(environment()),
+  facts.push_back({"settings", shared_settings(own_environment()),
                    "Set them alike on every host; mpirun hands one on with -x NAME, srun with --export=ALL."});
   return facts;
 }
@@ -79,7 +80,7 @@ std::string shared_settings(const std::vector<std::string>& environment) {
     if (is_shared(std::string_view(entry).substr(0, entry.find('=')))) shared.push_back(entry);
   }
   std::sort(shared.begin(), shared.end());
-  return lines(shared);
+  return on_lines(shared);
 }
 
 void require_same_start(const World& world, const std::vector<std::string>& command_line) {
@@ -87,8 +88,8 @@ void require_same_start(const World& world, const std::vector<std::string>& comm
   if (world.size() == 1) return;
   Ledger ledger;
   const auto all = make_communicator("mpi", world, ledger);
-  require_same(*all, {program()});
-  require_same(*all, surroundings(command_line));
+  require_same(*all, {program_fact()});
+  require_same(*all, surrounding_facts(command_line));
 }
 
 RunConfig read_same_run(const std::string& path, const std::vector<std::string>& overrides, const World& world) {
@@ -104,11 +105,10 @@ std::string describe_hosts(const World& world) {
   std::vector<std::string> parts{fmt::format("hosts {} (rank 0 on {})", world.hosts(), host_name())};
   for (const auto& [name, version] : backend_versions())
     parts.push_back(name == "MPI" ? version : name + " " + version);
-  for (const char* name : {"btl_tcp_if_include", "oob_tcp_if_include"}) {
-    const std::string value = mpi_setting(name);
+  for (const auto& [name, value] : mpi_settings({"btl_tcp_if_include", "oob_tcp_if_include"})) {
     if (world.hosts() > 1 || !value.empty()) parts.push_back(fmt::format("{} {}", name, value.empty() ? "any" : value));
   }
-  for (const std::string& entry : environment()) {
+  for (const std::string& entry : own_environment()) {
     if (entry.starts_with("NCCL_")) parts.push_back(entry);
   }
   return fmt::format("{}", fmt::join(parts, ", "));

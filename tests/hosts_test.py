@@ -1,5 +1,5 @@
-"""Runs over hosts that share no folder (launch/lab): the same adapter as on one host, and what is refused when one host is not like
-the other. Run by launch/test as root, with CORANK_BIN set."""
+"""Runs over hosts that share no folder (launch/lab): the same adapter as on one host, and what is refused where hosts are not
+alike. Run by launch/test as root, with CORANK_BIN set."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "launch" / "lab"
 CORANK = Path(os.environ["CORANK_BIN"]).resolve()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-SECONDS = 30  # a refusal comes in less; a hang does not
+SECONDS = 60  # a refusal takes few, on a busy machine more; a hang does not end
 
 # On each host: what is done to it before, the run, what is kept of it after.
 RANK = """host=$(hostname)
@@ -39,20 +39,21 @@ class Case(unittest.TestCase):
         self.run_file = self.own / "run.yaml"
         self.run_file.write_text(text.replace("configs/tiny/", f"{self.own}/").replace("runs/tiny", f"{self.own}/out"))
 
-    def over_hosts(self, *overrides, second="", environment=None):
+    def over_hosts(self, *overrides, second="", environment=ENVIRONMENT):
         """A run over two hosts; `second`: shell commands on the second one before it."""
         before = f'[ $host = host1 ] || {{ {second}; }}' if second else ""
         script = RANK.format(before=before, own=self.own, kept=self.kept, overrides=shlex.join(overrides))
-        return subprocess.run([LAB, "--private", self.own, "--", "sh", "-c", script], cwd=ROOT,
-                              env=ENVIRONMENT if environment is None else environment, text=True, capture_output=True, timeout=SECONDS)
+        return subprocess.run([LAB, "--private", self.own, "--", "sh", "-c", script], cwd=ROOT, env=environment, text=True,
+                              capture_output=True, timeout=SECONDS)
 
     def refused(self, code, *words, second, overrides=("train.max_steps=2", "eval_steps=0")):
         """By all ranks: rank 0, which has everything, says what is wrong on the other host."""
         done = self.over_hosts(*overrides, second=second)
         self.assertEqual(done.returncode, code, done.stdout + done.stderr)
-        said = {line.removeprefix("corank: ").removeprefix("rank 1: ") for line in done.stderr.splitlines() if line.startswith("corank: ")}
+        lines = [line.removeprefix("corank: ") for line in done.stderr.splitlines() if line.startswith("corank: ")]
+        said = {line.removeprefix("rank 1: ") for line in lines}
         self.assertEqual(len(said), 1, done.stderr)  # rank 0's, and rank 1's where it is not ended sooner
-        self.assertIn(f"\ncorank: {min(said)}\n", "\n" + done.stderr)
+        self.assertIn(min(said), lines)
         for word in ("rank 1 on host2", *words):
             self.assertIn(word, min(said))
 
@@ -66,7 +67,7 @@ class NoSharedFolder(Case):
         self.assertEqual([path.name for path in self.kept.iterdir()], ["host1"])  # rank 0 writes alone
         hosts = [line for line in done.stdout.splitlines() if line.startswith("hosts ")]
         self.assertEqual(len(hosts), 1)
-        self.assertRegex(hosts[0], r"^hosts 2 \(rank 0 on host1\), Open MPI v\S+, btl_tcp_if_include eth0, oob_tcp_if_include eth0$")
+        self.assertRegex(hosts[0], r"^hosts 2 \(rank 0 on host1\), Open MPI v\S+, btl_tcp_if_include eth0, oob_tcp_if_include eth0")
         subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2", self.own / "corank", "train", self.run_file,
                         *self.SHORT], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=SECONDS)
         adapter = Path("adapter") / "adapter_model.safetensors"

@@ -16,7 +16,8 @@ HOSTS = ROOT / "launch" / "hosts"
 # Stands for mpirun, srun and scontrol: a line of its words and of settings that matter; ends as $ENDS says.
 RECORDER = """#!/bin/sh
 case "$*" in --mpi=list) echo "$MPI_PLUGINS"; exit;; esac
-echo "$(basename "$0")" "$@" "oob=${OMPI_MCA_oob_tcp_if_include-} btl=${OMPI_MCA_btl_tcp_if_include-} nccl=${NCCL_SOCKET_IFNAME-}" >>"$RECORD"
+settings="oob=$OMPI_MCA_oob_tcp_if_include btl=$OMPI_MCA_btl_tcp_if_include nccl=$NCCL_SOCKET_IFNAME"
+echo "$(basename "$0")" "$@" "$settings" >>"$RECORD"
 case "$0" in *scontrol) exit;; esac
 [ -z "$WAITS" ] || { trap 'echo saved >>"$RECORD"; exit 75' USR1; echo waits >>"$RECORD"; while :; do sleep 0.05; done; }
 exit "$ENDS"
@@ -38,10 +39,10 @@ class Case(unittest.TestCase):
         self.environment = {**kept, "PATH": f"{self.folder}:{os.environ['PATH']}", "RECORD": str(self.record), "ENDS": "0",
                             "WAITS": "", "MPI_PLUGINS": "none pmix", "CORANK_BIN": "/opt/corank", "SLURM_JOB_ID": "17"}
 
-    def start(self, script, *arguments, **environment):
-        """(exit code, lines that the recorder wrote) of a script of launch/hosts."""
-        done = subprocess.run([HOSTS / script, *map(str, arguments)], cwd=ROOT, env={**self.environment, **environment}, text=True,
-                              capture_output=True, timeout=20)
+    def start(self, script, *arguments, folder=ROOT, **environment):
+        """(exit code, lines that the recorder wrote, else standard error) of a script of launch/hosts."""
+        done = subprocess.run([HOSTS / script, *map(str, arguments)], cwd=folder, env={**self.environment, **environment},
+                              text=True, capture_output=True, timeout=20)
         return done.returncode, self.record.read_text().splitlines() if self.record.exists() else done.stderr
 
     def words(self, line):
@@ -81,7 +82,8 @@ class Mpirun(Case):
 class Slurm(Case):
     def test_srun_where_it_knows_pmix(self):
         code, lines = self.start("slurm", "train", "run.yaml", CORANK_INTERFACE="ib0", SLURM_CPUS_PER_TASK="6")
-        self.assertEqual((code, lines), (0, ["srun --mpi=pmix --cpus-per-task=6 /opt/corank train run.yaml oob=ib0 btl=ib0 nccl=ib0"]))
+        self.assertEqual((code, lines), (0, ["srun --mpi=pmix --cpus-per-task=6 /opt/corank train run.yaml "
+                                             "oob=ib0 btl=ib0 nccl=ib0"]))
 
     def test_mpirun_elsewhere_or_where_asked_for(self):
         for environment in ({"MPI_PLUGINS": "none pmi2"}, {"CORANK_START": "mpirun"}):
@@ -91,6 +93,11 @@ class Slurm(Case):
             self.assertTrue(self.words(lines[0]).startswith("mpirun --bind-to none -x CORANK_BIN "), lines)
             self.assertIn(" /opt/corank train run.yaml ", lines[0])
         self.assertEqual(self.start("slurm", "train", "run.yaml", CORANK_START="ssh")[0], 64)
+
+    def test_submitted_from_elsewhere_it_says_so(self):
+        code, text = self.start("slurm", "train", "run.yaml", folder=self.folder)
+        self.assertEqual(code, 64)
+        self.assertIn("from the checkout's folder", text)
 
     def test_a_stopped_run_is_queued_again_and_a_refused_one_is_not(self):
         code, lines = self.start("slurm", "train", "run.yaml", ENDS="75")
