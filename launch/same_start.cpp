@@ -40,16 +40,6 @@ std::vector<std::string> own_environment() {
 
 std::string on_lines(const std::vector<std::string>& texts) { return fmt::format("{}", fmt::join(texts, "\n")); }
 
-/// srun without PMIx starts tasks that MPI takes for one-rank jobs: each would do the whole run.
-void require_peers(const World& world) {
-  const char* tasks = std::getenv("SLURM_STEP_NUM_TASKS");
-  if (!tasks || world.size() > 1 || started_by_mpi() || std::string_view(tasks) == "1") return;
-  throw ConfigError(
-      fmt::format("srun started {} tasks, but this one is alone: MPI was told of no others. Start them with srun "
-                  "--mpi=pmix, or with mpirun inside the allocation.",
-                  tasks));
-}
-
 Fact program_fact() {
   return {"program", "SHA-256 " + sha256_of_file("/proc/self/exe"), "Install the same build on every host."};
 }
@@ -83,8 +73,16 @@ std::string shared_settings(const std::vector<std::string>& environment) {
   return on_lines(shared);
 }
 
+void require_no_peers(const World& world) {
+  const char* tasks = std::getenv("SLURM_STEP_NUM_TASKS");
+  if (!tasks || world.size() > 1 || std::string_view(tasks) == "1") return;
+  throw ConfigError(
+      fmt::format("srun started {} tasks, but this one is alone: MPI was told of no others. Start them with srun "
+                  "--mpi=pmix, or with mpirun inside the allocation.",
+                  tasks));
+}
+
 void require_same_start(const World& world, const std::vector<std::string>& command_line) {
-  require_peers(world);
   if (world.size() == 1) return;
   Ledger ledger;
   const auto all = make_communicator("mpi", world, ledger);

@@ -12,9 +12,12 @@ namespace corank {
 /// what a host may have for itself: interfaces, NCCL_HOSTID, what is logged.
 std::string shared_settings(const std::vector<std::string>& environment);
 
+/// For a process that neither mpirun nor PMIx started. ConfigError if srun started it as one of several: MPI takes it
+/// for a job of one rank, and each of them would do the whole run.
+void require_no_peers(const World& world);
+
 /// Collective over the world, the first thing of a command that uses ranks. DisagreeError on every rank unless all run
-/// one program on the same libraries with the same command line and settings. ConfigError in a process that srun
-/// started as one of several and that knows of no other. `command_line`: without the program's name.
+/// one program on the same libraries with the same command line (here without the program's name) and settings.
 void require_same_start(const World& world, const std::vector<std::string>& command_line);
 
 /// Collective over the world. read_run() on every rank. A rank that cannot read its run file is every rank's error;
