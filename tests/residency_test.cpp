@@ -19,6 +19,9 @@ struct Ask {
 class Elsewhere : public Residency {
  public:
   std::unique_ptr<StoredBytes> keep(int64_t order, std::vector<at::Tensor> tensors) override;
+  std::unique_ptr<StoredBytes> keep_trained(int64_t order, const at::Tensor& values, at::IntArrayRef shape) override {
+    return keep(order, {values.view(shape)});
+  }
   at::Tensor shared_room(at::IntArrayRef, const at::TensorOptions&) override { return {}; }
 
   at::Tensor hand_out(const at::Tensor& kept, const Ask& ask) {

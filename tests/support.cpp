@@ -140,7 +140,7 @@ std::vector<std::string> unequal_replicas(const Mesh& mesh, const ParameterStore
     std::vector<at::Tensor> bits;
     std::vector<std::string> held;
     for (const auto& parameter : store.parameters()) {
-      if (parameter.spec.shard.whole() != whole) continue;
+      if (parameter.spec.share || parameter.spec.shard.whole() != whole) continue;
       bits.push_back(parameter.master.contiguous().view(at::kInt).flatten());
       held.push_back(parameter.spec.name);
     }

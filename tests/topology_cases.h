@@ -28,6 +28,7 @@ struct Setting {
   Checkpointing checkpointing = Checkpointing::none;
   at::ScalarType dtype = at::kFloat;
   std::string quantization = "none";
+  std::string shard_base = "none";
 
   /// Losses of two layouts: float32 rounding, or that of bfloat16 partial sums.
   double bound() const { return dtype == at::kFloat ? 1e-5 : 5e-3; }
@@ -42,6 +43,13 @@ ModelOptions tiny(const Setting& setting) {
   options.quantization = setting.quantization;
   options.max_positions = 64;
   options.checkpointing = setting.checkpointing;
+  return options;
+}
+
+/// With its base where the setting leaves it.
+ModelOptions placed(const Setting& setting, const World* world, int tensor) {
+  ModelOptions options = tiny(setting);
+  options.residency = make_residency(setting.shard_base, shared_mesh(world, tensor).mesh.dp());
   return options;
 }
 
@@ -78,7 +86,7 @@ struct Records : Observer {
 /// A run with what `corank train` puts around it, trained by the same Trainer.
 struct Job {
   Job(const World* world, int tensor, const Setting& setting, const TokenFile& data, const std::string& folder)
-      : run(world, tensor, tiny(setting), adapter(setting)),
+      : run(world, tensor, placed(setting, world, tensor), adapter(setting)),
         batches(data, loader(setting, run.mesh)),
         checkpoints(disk, folder, {"same run", adapter(setting), "tiny"}, {}, run.mesh, run.store, *run.optimizer,
                     *run.method),

@@ -12,13 +12,16 @@ INSTANTIATE_TEST_SUITE_P(
         Setting{.name = "recompute", .dropout = 0.1, .checkpointing = Checkpointing::full},
         Setting{.name = "recompute_mlp", .checkpointing = Checkpointing::mlp},
         Setting{.name = "bfloat16", .dtype = at::kBFloat16}, Setting{.name = "full", .method = "full"},
+        Setting{.name = "shared", .dropout = 0.1, .shard_base = "dp"},
+        Setting{.name = "shared_full", .method = "full", .checkpointing = Checkpointing::mlp, .shard_base = "dp"},
         Setting{.name = "gpt2", .shape = "tiny-gpt2", .packing = false},
         Setting{.name = "gpt2_full", .method = "full", .shape = "tiny-gpt2", .checkpointing = Checkpointing::full}),
     case_name);
 
 INSTANTIATE_TEST_SUITE_P(Settings, Resume,
                          testing::Values(Setting{.name = "lora", .dropout = 0.1},
-                                         Setting{.name = "full", .method = "full"}),
+                                         Setting{.name = "full", .method = "full"},
+                                         Setting{.name = "shared_full", .method = "full", .shard_base = "dp"}),
                          case_name);
 
 struct TwoSteps {

@@ -12,9 +12,9 @@ namespace corank {
 struct Projection {
   const Matrix* matrix = nullptr;        ///< borrowed until backward is done
   at::Tensor matrix_leaf;                ///< defined where W itself trains (full fine-tuning): its gradient is formed
-  TrainedShare* matrix_share = nullptr;  ///< how ranks share such a W; null: the leaf is all of it
   ops::Weight bias_O;                    ///< may be undefined
   std::shared_ptr<const Update> update;  ///< may be null
+  TrainedShare* matrix_share = nullptr;  ///< how ranks share such a W; null: the leaf is all of it
 };
 
 /// Outputs [N, O_i] of every projection of x_NI. One node for all of them, so that x is kept once and its gradient is

@@ -57,7 +57,7 @@ std::vector<std::string> shard_base_names() {
 
 std::shared_ptr<Residency> make_residency(const std::string& shard_base, Communicator& dp) {
   for (const ShardBase& one : kShardBases) {
-    if (shard_base == one.name) return one.make(dp);
+    if (shard_base == one.name) return dp.size() > 1 ? one.make(dp) : resident();
   }
   throw InternalError("parallel.shard_base: no residency is named " + shard_base + ".");
 }

@@ -69,7 +69,8 @@ std::shared_ptr<Residency> resident();
 
 /// Values of parallel.shard_base, in order.
 std::vector<std::string> shard_base_names();
-/// Collective over `dp`, the data-parallel ranks, which hold the same weights. Where parallel.shard_base leaves them.
+/// Collective over `dp`, the data-parallel ranks, which hold the same weights. Where parallel.shard_base leaves them; a
+/// rank alone has all of them.
 std::shared_ptr<Residency> make_residency(const std::string& shard_base, Communicator& dp);
 
 }  // namespace corank

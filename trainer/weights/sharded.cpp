@@ -146,7 +146,7 @@ class ShardedBytes : public StoredBytes {
     return tensors;
   }
   int64_t device_bytes() const override { return part_.numel(); }
-  int64_t gather_bytes() const override { return owner_.group().size() > 1 ? part_.numel() : 0; }
+  int64_t gather_bytes() const override { return part_.numel(); }
 
   int64_t order() const { return order_; }
   const at::Tensor& part() const { return part_; }
