@@ -46,6 +46,14 @@ std::vector<std::string> backend_names() {
 
 std::string default_backend() { return backends().back().name; }
 
+std::map<std::string, std::string> backend_versions() {
+  return {{"MPI", mpi_version()},
+#ifdef CORANK_HAS_CUDA
+          {"NCCL", nccl_version()}
+#endif
+  };
+}
+
 std::unique_ptr<Communicator> make_communicator(const std::string& backend, const World& world, Ledger& ledger) {
   const std::vector<Backend> all = backends();
   const auto found = std::find_if(all.begin(), all.end(), [&](const Backend& b) { return b.name == backend; });

@@ -1,4 +1,5 @@
 #pragma once
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,10 +14,13 @@ std::vector<std::string> backend_names();
 /// The backend of `parallel.backend` when the run file names none: the build decides, never what happens to be found.
 std::string default_backend();
 
+/// Versions of the communication libraries that are loaded, by name.
+std::map<std::string, std::string> backend_versions();
+
 /// Collective over the world. A communicator of all ranks over the named backend. An unknown name or one that is not in
-/// this build is a ConfigError that lists what is. nccl: each rank uses the CUDA device of its local rank and makes it
-/// the current one; a rank without a GPU, or two ranks on one GPU, are a ConfigError on every rank. `ledger` is
-/// borrowed and outlives the communicator.
+/// this build is a ConfigError that lists what is. nccl: each rank uses the CUDA device that place_on_devices() gives
+/// it and makes it the current one; a rank without a GPU, or two ranks on one GPU, are a ConfigError on every rank.
+/// `ledger` is borrowed and outlives the communicator.
 std::unique_ptr<Communicator> make_communicator(const std::string& backend, const World& world, Ledger& ledger);
 
 /// A world of one on `device` (CUDA: with its index): every collective is the identity.

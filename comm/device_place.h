@@ -4,13 +4,16 @@
 
 namespace corank {
 
-/// Where the GPU of a rank is.
-struct DevicePlace {
-  std::string host;
-  std::string uuid;  ///< empty where the host shows no device for this rank
+/// The GPUs that a rank sees.
+struct VisibleDevices {
+  std::string host;                ///< for messages
+  std::vector<std::string> uuids;  ///< in the order of its CUDA devices
 };
 
-/// `places` by rank. Throws ConfigError, naming the ranks, if one has no GPU or two share one.
-void require_own_devices(const std::vector<DevicePlace>& places);
+/// The CUDA device of each rank: its place among the ranks that see the same devices in the same order. Where all ranks
+/// of a host see all of its GPUs that is the local rank; where each sees one of its own, as Slurm's --gpus-per-task
+/// makes it, device 0. `ranks` by rank. Throws ConfigError, naming the ranks, if one is left without a GPU or two would
+/// share one.
+std::vector<int> place_on_devices(const std::vector<VisibleDevices>& ranks);
 
 }  // namespace corank

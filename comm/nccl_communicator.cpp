@@ -7,8 +7,8 @@
 #include <cuda_runtime.h>
 #include <nccl.h>
 
+#include <algorithm>
 #include <array>
-#include <cstring>
 #include <exception>
 
 #include "comm/device_place.h"
@@ -166,7 +166,6 @@ void NcclCommunicator::do_broadcast(const at::Tensor& tensor, int root) {
 }
 
 std::string device_uuid(const MpiComm& group, int device) {
-  if (device >= c10::cuda::device_count()) return "";
   cudaDeviceProp properties{};
   check_cuda(group, cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   std::string uuid = "GPU-";
@@ -178,30 +177,42 @@ std::string device_uuid(const MpiComm& group, int device) {
   return uuid;
 }
 
-/// Collective over `group`. Where the GPU of every rank is, by rank.
-std::vector<DevicePlace> gather_places(const MpiComm& group, int device) {
+/// Collective over `group`. What every rank sees, by rank.
+std::vector<VisibleDevices> gather_visible(const MpiComm& group) {
+  constexpr int kMost = 64;
   struct Record {
-    char host[MPI_MAX_PROCESSOR_NAME];
-    char uuid[64];
+    std::array<char, 256> host;
+    int count;
+    std::array<std::array<char, 64>, kMost> uuids;
   };
   Record mine{};
-  int length = 0;
-  group.check(MPI_Get_processor_name(mine.host, &length), "MPI_Get_processor_name");
-  const std::string uuid = device_uuid(group, device);
-  std::memcpy(mine.uuid, uuid.data(), uuid.size());
-  std::vector<DevicePlace> places;
-  for (const Record& record : group.all_gather(mine)) places.push_back({record.host, record.uuid});
-  return places;
+  host_name().copy(mine.host.data(), mine.host.size() - 1);
+  mine.count = std::min<int>(c10::cuda::device_count(), kMost);
+  for (int i = 0; i < mine.count; ++i) {
+    device_uuid(group, i).copy(mine.uuids[i].data(), mine.uuids[i].size() - 1);
+  }
+  std::vector<VisibleDevices> ranks;
+  for (const Record& record : group.all_gather(mine)) {
+    ranks.push_back({record.host.data(), {}});
+    for (int i = 0; i < record.count; ++i) ranks.back().uuids.emplace_back(record.uuids[i].data());
+  }
+  return ranks;
 }
 
 }  // namespace
 
 std::unique_ptr<Communicator> make_nccl_communicator(const World& world, Ledger& ledger) {
   MpiComm group = MpiComm::duplicate(world.comm(), "world");
-  require_own_devices(gather_places(group, world.local_rank()));
-  const auto index = static_cast<at::DeviceIndex>(world.local_rank());
+  const auto index = static_cast<at::DeviceIndex>(place_on_devices(gather_visible(group))[world.rank()]);
   c10::cuda::set_device(index);
   return std::make_unique<NcclCommunicator>(std::move(group), world.host(), at::Device(at::kCUDA, index), ledger);
+}
+
+std::string nccl_version() {
+  int version = 0;
+  if (ncclGetVersion(&version) != ncclSuccess) return "unknown";
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
 }
 
 }  // namespace corank

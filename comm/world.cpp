@@ -1,5 +1,7 @@
 #include "comm/world.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -27,6 +29,18 @@ bool running() {
   return initialized && !finalized;
 }
 
+/// Within MPI_T_init_thread and MPI_T_finalize.
+std::string setting_in_force(const std::string& name) {
+  int index = 0, count = 0;
+  MPI_T_cvar_handle handle = MPI_T_CVAR_HANDLE_NULL;
+  if (MPI_T_cvar_get_index(name.c_str(), &index) != MPI_SUCCESS) return "";
+  if (MPI_T_cvar_handle_alloc(index, nullptr, &handle, &count) != MPI_SUCCESS) return "";
+  std::string text(static_cast<size_t>(count) + 1, '\0');
+  const bool read = MPI_T_cvar_read(handle, text.data()) == MPI_SUCCESS;
+  MPI_T_cvar_handle_free(&handle);
+  return read ? text.c_str() : "";
+}
+
 }  // namespace
 
 World::World(int* argc, char*** argv) {
@@ -48,6 +62,13 @@ World::World(int* argc, char*** argv) {
   host_ = rank_;
   check(MPI_Bcast(&host_, 1, MPI_INT, 0, host), "MPI_Bcast");
   check(MPI_Comm_free(&host), "MPI_Comm_free");
+  hosts_ = local_rank_ == 0 ? 1 : 0;
+  check(MPI_Allreduce(MPI_IN_PLACE, &hosts_, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD), "MPI_Allreduce");
+}
+
+int World::least(int value) const {
+  check(MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD), "MPI_Allreduce");
+  return value;
 }
 
 void World::finish() { check(MPI_Finalize(), "MPI_Finalize"); }
@@ -57,6 +78,29 @@ void World::abort(int code) {
   std::fflush(nullptr);
   if (running()) MPI_Abort(MPI_COMM_WORLD, code);
   std::_Exit(code);
+}
+
+std::string host_name() {
+  std::array<char, 256> name{};
+  gethostname(name.data(), name.size() - 1);
+  return name.data();
+}
+
+std::string mpi_version() {
+  std::array<char, MPI_MAX_LIBRARY_VERSION_STRING> text{};
+  int length = 0;
+  check(MPI_Get_library_version(text.data(), &length), "MPI_Get_library_version");
+  const std::string version = text.data();
+  return version.substr(0, version.find(','));
+}
+
+std::map<std::string, std::string> mpi_settings(const std::vector<std::string>& names) {
+  int level = 0;
+  check(MPI_T_init_thread(MPI_THREAD_SINGLE, &level), "MPI_T_init_thread");
+  std::map<std::string, std::string> values;
+  for (const std::string& name : names) values[name] = setting_in_force(name);
+  check(MPI_T_finalize(), "MPI_T_finalize");
+  return values;
 }
 
 bool started_by_mpi() { return std::getenv("OMPI_COMM_WORLD_RANK") != nullptr || std::getenv("PMIX_RANK") != nullptr; }

@@ -1,6 +1,10 @@
 #pragma once
 #include <mpi.h>
 
+#include <map>
+#include <string>
+#include <vector>
+
 namespace corank {
 
 /// This process's place among the processes that mpirun started. Owns MPI from construction to finish(). Exactly one
@@ -21,17 +25,28 @@ class World {
   int local_size() const { return local_size_; }
   /// The first rank on this host: a number that its ranks share.
   int host() const { return host_; }
+  /// Number of hosts.
+  int hosts() const { return hosts_; }
   MPI_Comm comm() const { return MPI_COMM_WORLD; }
 
+  /// Collective. The least `value` of all ranks.
+  int least(int value) const;
   /// Collective. Ends MPI after a successful run.
   void finish();
   /// Ends the whole job at once with `code`.
   [[noreturn]] static void abort(int code);
 
  private:
-  int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1, host_ = 0;
+  int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1, host_ = 0, hosts_ = 1;
 };
 
+/// Name of this host; in a container that of the container.
+std::string host_name();
+/// "Open MPI v4.1.4": of the library that is loaded.
+std::string mpi_version();
+/// The values in force of parameters of Open MPI that are texts ("btl_tcp_if_include"), whoever set them, by name;
+/// empty: none, or no such parameter. Costs some 12 ms, whatever their number.
+std::map<std::string, std::string> mpi_settings(const std::vector<std::string>& names);
 /// True if mpirun (or srun with PMIx) started this process.
 bool started_by_mpi();
 /// How many processes Open MPI says that it started together with this one, without starting MPI; 1 where it says

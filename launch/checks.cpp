@@ -152,6 +152,20 @@ void check_resume(const RunConfig& run, const RunIdentity& identity) {
   }
 }
 
+CheckedInputs check_files(const RunConfig& run, int ranks) {
+  require_complete(run);
+  CheckedInputs result = check_bench(run, ranks);
+  result.eval_samples = check_tokens(run, run.data.eval, result.vocab_size);
+  return result;
+}
+
+/// The number of steps and what depends on it.
+void check_steps(const RunConfig& run, const TokenFile& data, CheckedInputs& result) {
+  const int64_t steps = total_steps(run, data);
+  set_total_steps(result.adapter, steps);
+  check_schedule(result.adapter, steps);
+}
+
 }  // namespace
 
 int64_t total_steps(const RunConfig& run, const TokenFile& data) {
@@ -190,14 +204,16 @@ CheckedInputs check_bench(const RunConfig& run, int ranks) {
   return result;
 }
 
+CheckedInputs check_training_inputs(const RunConfig& run, int ranks) {
+  CheckedInputs result = check_files(run, ranks);
+  check_steps(run, TokenFile(run.data.train), result);
+  return result;
+}
+
 CheckedInputs check_training(const RunConfig& run, int ranks) {
-  require_complete(run);
-  CheckedInputs result = check_bench(run, ranks);
-  result.eval_samples = check_tokens(run, run.data.eval, result.vocab_size);
+  CheckedInputs result = check_files(run, ranks);
   const TokenFile data(run.data.train);
-  const int64_t steps = total_steps(run, data);
-  set_total_steps(result.adapter, steps);
-  check_schedule(result.adapter, steps);
+  check_steps(run, data, result);
   RunConfig merged = run;
   merged.adapter = result.adapter;
   require_writable(run.output_dir);
@@ -207,10 +223,12 @@ CheckedInputs check_training(const RunConfig& run, int ranks) {
   return result;
 }
 
-void check_together(CheckedInputs (*check)(const RunConfig& run, int ranks), const RunConfig& run, const World& world) {
+void check_together(RunCheck first, RunCheck elsewhere, const RunConfig& run, const World& world) {
   Ledger ledger;
   const auto all = make_communicator("mpi", world, ledger);
-  on_rank_0(*all, [&] { check(run, world.size()); });
+  on_each_rank(*all, [&] {
+    if (world.local_rank() == 0) (world.rank() == 0 ? first : elsewhere)(run, world.size());
+  });
 }
 
 std::string identity_line(const RunIdentity& identity) { return "# identity: " + identity.hash + "\n"; }

@@ -27,11 +27,15 @@ CheckedInputs check_evaluation(const RunConfig& run, int ranks);
 CheckedInputs check_plan(const RunConfig& run, int ranks);
 /// bench: the model and its split, the adapter, the batch, data.train where it is named.
 CheckedInputs check_bench(const RunConfig& run, int ranks);
-/// train, validate: all of these, the number of steps and what depends on it, output_dir, and what `resume` asks for.
+/// train on a host that writes nothing: all of these, data.eval, the number of steps and what depends on it.
+CheckedInputs check_training_inputs(const RunConfig& run, int ranks);
+/// train where rank 0 writes, validate: also output_dir, and what `resume` asks for.
 CheckedInputs check_training(const RunConfig& run, int ranks);
-/// Collective over the world. `check` on rank 0 for all: a refusal is every rank's refusal, before anything is
-/// allocated.
-void check_together(CheckedInputs (*check)(const RunConfig& run, int ranks), const RunConfig& run, const World& world);
+
+using RunCheck = CheckedInputs (*)(const RunConfig& run, int ranks);
+/// Collective over the world. `first` on rank 0, `elsewhere` on one rank of every other host, which may hold copies of
+/// its own: a refusal is every rank's refusal, before anything is allocated.
+void check_together(RunCheck first, RunCheck elsewhere, const RunConfig& run, const World& world);
 
 /// ConfigError if output_dir holds another run than that of `identity`.
 void check_output(const RunConfig& run, const RunIdentity& identity);

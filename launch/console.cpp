@@ -8,6 +8,7 @@
 
 #include "configs/text.h"
 #include "launch/bytes_table.h"
+#include "launch/same_start.h"
 
 namespace corank {
 
@@ -80,6 +81,7 @@ void Console::introduce(const StartRecord& r) {
   say(fmt::format("ranks {} = dp {} x tp {}, global batch {} = {}", r.ranks, dp, r.tensor_parallel, global, parts));
   say(fmt::format("backend {}, {} on {}, {} thread{} a rank ({} rank{} on this host)", r.backend, r.dtype, r.device,
                   r.threads, r.threads == 1 ? "" : "s", r.ranks_on_host, r.ranks_on_host == 1 ? "" : "s"));
+  say(r.hosts);
   say(fmt::format("memory a rank: frozen and trained weights {}, adapter with gradients and moments {}",
                   human_bytes(r.base_bytes), human_bytes(r.training_bytes)));
 }
@@ -98,6 +100,7 @@ StartRecord start_record(Session& session, const World& world, int threads) {
   r.tensor_parallel = mesh.tp().size();
   r.ranks_on_host = world.local_size();
   r.threads = threads;
+  r.hosts = describe_hosts(world);
   r.global_batch_size = run.train.global_batch_size;
   r.micro_batch_size = run.train.micro_batch_size;
   r.backend = run.parallel.backend;

@@ -16,6 +16,18 @@ corank_mpirun() {
   fi
 }
 
+# corank_use_interface: with CORANK_INTERFACE set, mpirun, MPI and NCCL use that network and no other.
+corank_use_interface() {
+  [ -n "${CORANK_INTERFACE:-}" ] || return 0
+  export OMPI_MCA_oob_tcp_if_include=$CORANK_INTERFACE OMPI_MCA_btl_tcp_if_include=$CORANK_INTERFACE
+  export NCCL_SOCKET_IFNAME=$CORANK_INTERFACE
+}
+
+# corank_program: where the program is that ranks run (CORANK_BIN, else the build of CORANK_PRESET).
+corank_program() {
+  echo "${CORANK_BIN:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/build/$CORANK_PRESET/corank}"
+}
+
 # corank_install PACKAGE...: distribution packages.
 corank_install() {
   local sudo=

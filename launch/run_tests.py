@@ -104,7 +104,8 @@ def lab_tests():
     if check.returncode:
         print(f"hosts: left out, {check.stderr.strip()}", flush=True)
         return 0, 0
-    return python_tests("tests/lab_test.py", shows="2 hosts")
+    counts = [python_tests("tests/lab_test.py", shows="2 hosts"), python_tests("tests/hosts_test.py")]
+    return tuple(map(sum, zip(*counts)))
 
 
 def cuda_build():
@@ -135,6 +136,7 @@ def main():
         ("adapter commands", lambda: python_tests("tests/cli_adapters_test.py")),
         ("Python tools", lambda: python_tests("tests/data_tools_test.py")),
         ("samples", lambda: python_tests("tests/samples_test.py")),
+        ("start scripts", lambda: python_tests("tests/start_scripts_test.py")),
         ("hosts", lab_tests),
         ("CUDA build", cuda_build),
     ):

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "comm/agree.h"
 #include "data/file.h"
 #include "launch/adapter_files.h"
 #include "trainer/files/saved_along.h"
@@ -48,7 +47,6 @@ SavedAdapter read_run_adapter(const RunConfig& run, Model& model) {
 }
 
 Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh_(make_mesh(run_, world, ledger_)) {
-  require_equal(mesh_->world(), run_.yaml(), "the run (run file and overrides)");
   run_.model.device = mesh_->device();
   ModelOptions options = run_.model;
   options.residency = make_residency(run_.parallel.shard_base, mesh_->dp());
@@ -66,7 +64,6 @@ Session::Session(RunConfig run, const World& world) : run_(std::move(run)), mesh
 
 Inference::Inference(RunConfig run, const std::vector<NamedAdapter>& adapters, bool merged, const World& world)
     : mesh_(make_mesh(run, world, ledger_)) {
-  require_equal(mesh_->world(), run.yaml(), "the run (run file and overrides)");
   run.model.device = mesh_->device();
   model_ = load_model(run.model, mesh_->tp());
   adapters_ = std::make_unique<AdapterSet>(*model_, *mesh_, run.model.dtype, merged);
@@ -86,10 +83,11 @@ int share_cores(const World& world, bool one_thread) {
   // mpirun may already have bound each rank to cores of its own; then all of them are this rank's.
   const bool bound =
       world.local_size() > 1 && cores * world.local_size() <= static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  const int threads = one_thread                       ? 1
-                      : std::getenv("OMP_NUM_THREADS") ? at::get_num_threads()
-                      : bound                          ? cores
-                                                       : std::max(1, cores / world.local_size());
+  const int mine = one_thread                       ? 1
+                   : std::getenv("OMP_NUM_THREADS") ? at::get_num_threads()
+                   : bound                          ? cores
+                                                    : std::max(1, cores / world.local_size());
+  const int threads = world.least(mine);
   at::set_num_threads(threads);
   return threads;
 }

@@ -72,7 +72,8 @@ class Inference {
   std::unique_ptr<AdapterSet> adapters_;
 };
 
-/// Shares the cores of this host among its ranks and returns the threads of this one, at most one if asked to.
+/// Collective over the world. Shares the cores of each host among its ranks and returns the threads of a rank, at most
+/// one if asked to: as many on all as where they are fewest, because bits of sums depend on their number.
 int share_cores(const World& world, bool one_thread = false);
 
 /// How `session` sums its gradients.

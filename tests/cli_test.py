@@ -73,6 +73,11 @@ class Refusals(Case):
         run.write_text((ROOT / TINY).read_text().replace("  r: 8", "  rr: 8"))
         self.refuse(corank("train", run, f"output_dir={self.out}"), 64, "run.yaml:8", "adapter.rr")
 
+    def test_tasks_of_srun_that_do_not_know_each_other(self):
+        result = subprocess.run([CORANK, "train", TINY, f"output_dir={self.out}"], cwd=ROOT, text=True, capture_output=True,
+                                env={**ENVIRONMENT, "SLURM_STEP_NUM_TASKS": "2"}, timeout=100)
+        self.refuse(result, 64, "srun started 2 tasks", "srun --mpi=pmix")
+
     def test_heads_that_do_not_divide(self):
         self.refuse(self.train("parallel.tensor=3", ranks=3), 64, "parallel.tensor", "3", "attention heads")
 

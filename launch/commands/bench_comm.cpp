@@ -9,6 +9,7 @@
 #include "launch/checks.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
+#include "launch/same_start.h"
 
 namespace corank {
 namespace {
@@ -110,9 +111,9 @@ bool all_equal(const Report& report) {
 }
 
 int run_bench_comm(const CommandLine& line, const World& world) {
-  const RunConfig run = read_run(line.run_file, line.overrides);
+  const RunConfig run = read_same_run(line.run_file, line.overrides, world);
   share_cores(world, run.one_thread());
-  check_together(check_bench, run, world);
+  check_together(check_bench, check_bench, run, world);
   RunConfig full_run = run;
   full_run.adapter = {};
   full_run.adapter.method = "full";

@@ -9,6 +9,7 @@
 #include "launch/checks.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
+#include "launch/same_start.h"
 #include "trainer/ops/device.h"
 
 namespace corank {
@@ -44,9 +45,9 @@ double median(std::vector<double> values) {
 }
 
 int run_bench_step(const BenchStepArguments& a, const World& world) {
-  const RunConfig run = read_run(a.run_file, a.overrides);
+  const RunConfig run = read_same_run(a.run_file, a.overrides, world);
   const int threads = share_cores(world, run.one_thread());
-  check_together(check_bench, run, world);
+  check_together(check_bench, check_bench, run, world);
   Session session(run, world);
   if (session.leader()) Console(session, a.json).introduce(start_record(session, world, threads));
   Bench bench(session);

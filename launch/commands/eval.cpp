@@ -8,6 +8,7 @@
 #include "launch/checks.h"
 #include "launch/commands/commands.h"
 #include "launch/console.h"
+#include "launch/same_start.h"
 #include "launch/session.h"
 #include "trainer/run/step.h"
 
@@ -15,10 +16,10 @@ namespace corank {
 namespace {
 
 int run_eval(const CommandLine& command, const World& world) {
-  RunConfig run = read_run(command.run_file, command.overrides);
+  RunConfig run = read_same_run(command.run_file, command.overrides, world);
   share_cores(world, run.one_thread());
   run = with_trained_adapter(run, run.model.quantization != "none");
-  check_together(check_evaluation, run, world);
+  check_together(check_evaluation, check_evaluation, run, world);
   Session session(run, world);
   if (session.leader() && run.adapter.path.empty()) {
     fmt::print(stderr, "evaluating the base model: adapter.path names no adapter\n");

@@ -11,6 +11,7 @@
 #include "data/file.h"
 #include "data/json_object.h"
 #include "launch/commands/commands.h"
+#include "launch/same_start.h"
 #include "launch/session.h"
 #include "trainer/run/generation.h"
 
@@ -176,7 +177,7 @@ int run_generate(const GenerateArguments& a, const World& world) {
   GenerationOptions options = a.options;
   options.stop_tokens = token_ids("--stop-tokens", a.stop_tokens);
   check_options(options);
-  RunConfig run = read_run(a.run_file, a.overrides);
+  RunConfig run = read_same_run(a.run_file, a.overrides, world);
   run = with_trained_adapter(run, run.model.quantization != "none");
   if (run.parallel.tensor != world.size()) {
     throw ConfigError(

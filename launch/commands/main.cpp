@@ -15,6 +15,7 @@
 #include "configs/text.h"
 #include "data/storage.h"
 #include "launch/commands/commands.h"
+#include "launch/same_start.h"
 
 namespace {
 
@@ -87,6 +88,8 @@ int run(Chosen& chosen, int* argc, char*** argv) {
   chosen.among_peers = corank::started_by_mpi();
   corank::World world(argc, argv);
   chosen.rank = world.rank();
+  if (!chosen.among_peers) corank::require_no_peers(world);
+  corank::require_same_start(world, {*argv + 1, *argv + *argc});
   const int code = chosen.run(&world, storage);
   world.finish();
   return code;

@@ -11,6 +11,7 @@
 #include "launch/console.h"
 #include "launch/plan_watch.h"
 #include "launch/results.h"
+#include "launch/same_start.h"
 #include "launch/session.h"
 #include "trainer/run/metrics.h"
 #include "trainer/run/trainer.h"
@@ -54,6 +55,8 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
   Optimizer optimizer(session.store(), run.train.optimizer);
   const auto sum = make_gradient_sum(session);
   const RunIdentity identity = identity_of(run, data);
+  require_same(mesh.world(),
+               {{"run, data or config.json", "identity " + identity.hash, "Give every host the same files."}});
   std::unique_ptr<FolderLock> lock;  // rank 0's
   on_rank_0(mesh.world(), [&] { lock = claim_output(run, identity, storage); });
   Checkpoints checkpoints(storage, run.output_dir, identity, retention_of(run), mesh, session.store(), optimizer, *sum,
@@ -76,9 +79,9 @@ TrainingState train(Session& session, const TokenFile& data, StartRecord about, 
 }
 
 int run_train(const CommandLine& line, const World& world, Storage& storage) {
-  RunConfig run = read_run(line.run_file, line.overrides);
+  RunConfig run = read_same_run(line.run_file, line.overrides, world);
   const int threads = share_cores(world, run.one_thread());
-  check_together(check_training, run, world);
+  check_together(check_training, check_training_inputs, run, world);
   const TokenFile data(run.data.train);
   const int64_t total = total_steps(run, data);
   set_total_steps(run.adapter, total);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <set>
 
 #include "comm/agree.h"
@@ -67,6 +68,16 @@ void deal_carried(const h5::Reader& file, const Mesh& mesh, const GradientSum& s
 
 Manifest::File describe(const std::string& name, const std::string& bytes) {
   return {name, static_cast<int64_t>(bytes.size()), sha256(bytes)};
+}
+
+/// Rank 0 found it where it writes; all ranks read it.
+void require_on_this_host(const std::string& path, const Communicator& world) {
+  if (world.rank() == 0 || std::filesystem::exists(path)) return;
+  throw MissingError(
+      fmt::format("{} is not on this host, and every rank reads the checkpoint that it resumes from. Copy it to every "
+                  "host, or keep "
+                  "output_dir in a folder that all of them share.",
+                  path));
 }
 
 }  // namespace
@@ -141,7 +152,10 @@ std::optional<std::string> Checkpoints::newest() {
 }
 
 TrainingState Checkpoints::load(const std::string& path) {
-  require_checkpoint(path, identity_.hash);
+  on_each_rank(mesh_.world(), [&] {
+    require_on_this_host(path, mesh_.world());
+    require_checkpoint(path, identity_.hash);
+  });
   const h5::Reader adapter(path + "/adapter.h5");
   std::set<std::string> own;
   for (const auto& p : store_.parameters()) {

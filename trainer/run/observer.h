@@ -12,7 +12,8 @@ namespace corank {
 struct StartRecord {
   int64_t trainable_parameters = 0, all_parameters = 0;  ///< of the whole model, as PEFT counts them
   int ranks = 1, data_parallel = 1, tensor_parallel = 1, ranks_on_host = 1;
-  int threads = 1;  ///< a rank
+  int threads = 1;    ///< a rank
+  std::string hosts;  ///< hosts, versions and settings of what communicates
   int64_t global_batch_size = 1, micro_batch_size = 1;
   std::string backend, dtype, device;
   int64_t base_bytes = 0, training_bytes = 0;  ///< memory a rank: all weights; masters, gradients and moments
