@@ -83,6 +83,7 @@ RunConfig as_full_fine_tuning(RunConfig run) {
   run.adapter.method = "full";
   run.adapter_keys.clear();
   run.model.quantization = "none";
+  run.train.reproducible = false;  // which is for adapters
   return run;
 }
 

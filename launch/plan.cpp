@@ -6,6 +6,7 @@
 #include <array>
 #include <optional>
 
+#include "comm/gradient_sum.h"
 #include "configs/error.h"
 #include "launch/bytes_table.h"
 
@@ -39,7 +40,14 @@ std::vector<StepCollective> collectives_of(const RunConfig& run, const Outline& 
                                            const StepShape& step) {
   const std::vector<BatchSize> batches(static_cast<size_t>(step.micro_batches), {step.tokens(), step.targets});
   return predict_step(outline.shape, run.adapter, outline.tensor, data, static_cast<int>(step.element_bytes),
-                      step.checkpointing, batches);
+                      step.checkpointing, batches, 1, gradient_sum(run.gradient_sum()));
+}
+
+MemoryPlan memory_of_run(const RunConfig& run, const Outline& outline, const AdapterMethod& method,
+                         const StepShape& step) {
+  MemoryPlan memory = memory_of(outline, method, step);
+  memory.gradients += gradient_sum(run.gradient_sum()).kept_bytes * outline.trained_here;
+  return memory;
 }
 
 std::map<Purpose, double> seconds_by_purpose(const std::vector<StepCollective>& collectives, const Cluster& cluster,
@@ -93,7 +101,7 @@ Estimate estimate(const RunConfig& run, const Outline& outline, const Cluster& c
   double seconds = compute_seconds(work_of(outline, *method, step), cluster.device, run.model.dtype == at::kFloat);
   seconds +=
       exposed_seconds(seconds_by_purpose(collectives_of(run, outline, data, step), cluster, outline.tensor), seconds);
-  return {memory_of(outline, *method, step).total(), seconds};
+  return {memory_of_run(run, outline, *method, step).total(), seconds};
 }
 
 int64_t available_bytes(const Cluster& cluster) { return static_cast<int64_t>(cluster.device.memory_gib * kGib); }
@@ -168,7 +176,7 @@ Plan make_plan(const RunConfig& run, const Outline& outline, const Cluster& clus
   plan.trained = outline.trained;
   plan.all_parameters = outline.base_parameters + (method->trains_base() ? 0 : outline.trained);
   const StepShape step = step_shape(run, plan.data);
-  plan.memory = memory_of(outline, *method, step);
+  plan.memory = memory_of_run(run, outline, *method, step);
   plan.available = available_bytes(cluster);
   plan.traffic = traffic_of(collectives_of(run, outline, plan.data, step), cluster, outline.tensor);
   plan.compute_seconds =
