@@ -2,7 +2,6 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -105,9 +104,9 @@ std::map<std::string, std::string> mpi_settings(const std::vector<std::string>& 
 
 bool started_by_mpi() { return std::getenv("OMPI_COMM_WORLD_RANK") != nullptr || std::getenv("PMIX_RANK") != nullptr; }
 
-int started_processes() {
-  const char* size = std::getenv("OMPI_COMM_WORLD_SIZE");
-  return size ? std::max(1, std::atoi(size)) : 1;
+StartedPlace started_place() {
+  const char *rank = std::getenv("OMPI_COMM_WORLD_RANK"), *size = std::getenv("OMPI_COMM_WORLD_SIZE");
+  return rank && size ? StartedPlace{std::atoi(rank), std::atoi(size)} : StartedPlace();
 }
 
 }  // namespace corank

@@ -49,8 +49,11 @@ std::string mpi_version();
 std::map<std::string, std::string> mpi_settings(const std::vector<std::string>& names);
 /// True if mpirun (or srun with PMIx) started this process.
 bool started_by_mpi();
-/// How many processes Open MPI says that it started together with this one, without starting MPI; 1 where it says
+/// What Open MPI says, before MPI is started, of this process among those that it started; 0 of 1 where it says
 /// nothing.
-int started_processes();
+struct StartedPlace {
+  int rank = 0, size = 1;
+};
+StartedPlace started_place();
 
 }  // namespace corank

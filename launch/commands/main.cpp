@@ -72,17 +72,18 @@ void refuse_unknown_command(int argc, char** argv) {
 }
 
 /// Several would write the same files.
-void require_one_process(const corank::Command& command) {
-  const int processes = corank::started_processes();
-  if (processes == 1) return;
+void require_one_process(Chosen& chosen) {
+  const corank::StartedPlace place = corank::started_place();
+  chosen.rank = place.rank;
+  if (place.size == 1) return;
   throw corank::ConfigError(fmt::format("{}: {} ranks, but this command is for one process. Start it without mpirun.",
-                                        command.name, processes));
+                                        chosen.command->name, place.size));
 }
 
 int run(Chosen& chosen, int* argc, char*** argv) {
   corank::DiskStorage storage;
   if (!chosen.command->uses_ranks) {
-    require_one_process(*chosen.command);
+    require_one_process(chosen);
     return chosen.run(nullptr, storage);
   }
   chosen.among_peers = corank::started_by_mpi();
