@@ -35,6 +35,9 @@ constexpr corank::Command kCommands[] = {
     {"bench step", "speed and memory of the training step", corank::declare_bench_step, true},
 };
 
+/// What every rank refuses rank 0 says, and ends the job, in this time.
+constexpr std::chrono::milliseconds kRank0First{500};
+
 struct Chosen {
   const corank::Command* command = nullptr;
   corank::CommandWork run;
@@ -72,18 +75,21 @@ void refuse_unknown_command(int argc, char** argv) {
 }
 
 /// Several would write the same files.
-void require_one_process(Chosen& chosen) {
+void require_one_process(const corank::Command& command) {
   const corank::StartedPlace place = corank::started_place();
-  chosen.rank = place.rank;
   if (place.size == 1) return;
+  if (place.rank != 0) {
+    std::this_thread::sleep_for(kRank0First);
+    _exit(static_cast<int>(corank::ExitCode::usage));
+  }
   throw corank::ConfigError(fmt::format("{}: {} ranks, but this command is for one process. Start it without mpirun.",
-                                        chosen.command->name, place.size));
+                                        command.name, place.size));
 }
 
 int run(Chosen& chosen, int* argc, char*** argv) {
   corank::DiskStorage storage;
   if (!chosen.command->uses_ranks) {
-    require_one_process(chosen);
+    require_one_process(*chosen.command);
     return chosen.run(nullptr, storage);
   }
   chosen.among_peers = corank::started_by_mpi();
@@ -98,8 +104,7 @@ int run(Chosen& chosen, int* argc, char*** argv) {
 
 /// The process ends with `code`. Where peers may be waiting in a collective the whole job ends with it.
 [[noreturn]] void end(const Chosen& chosen, corank::ExitCode code, const std::string& message) {
-  // What every rank refuses is said once: rank 0 has this long to end the job.
-  if (chosen.rank != 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  if (chosen.rank != 0) std::this_thread::sleep_for(kRank0First);
   fmt::print(stderr, "corank: {}{}\n", chosen.rank == 0 ? "" : fmt::format("rank {}: ", chosen.rank),
              corank::printable(message));
   std::fflush(nullptr);
