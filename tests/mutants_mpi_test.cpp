@@ -262,7 +262,7 @@ class Beside : public Altered {
  public:
   using Altered::Altered;
   void add_gradients(int64_t step, const Mesh& mesh) override {
-    if (own) own(mesh.tp());
+    if (own) own(mesh.world());  // the group of the next collective of a step
     Altered::add_gradients(step, mesh);
   }
   Collectives own;
@@ -283,7 +283,7 @@ std::string refusal_beside(const Collectives& own) {
 TEST(Mutants, CollectivesThatNotAllRanksCall) {
   const bool first = test_world().rank() == 0;
   const auto sum_for = [](Purpose purpose) {
-    return Collectives([purpose](Communicator& tp) { tp.all_reduce(at::ones({3}), ReduceOp::sum, purpose); });
+    return Collectives([purpose](Communicator& world) { world.all_reduce(at::ones({3}), ReduceOp::sum, purpose); });
   };
   EXPECT_EQ(refusal_beside(sum_for(Purpose::adapter_statistics)), "");
   const std::string alone = refusal_beside(first ? sum_for(Purpose::adapter_statistics) : nullptr);

@@ -39,9 +39,9 @@ struct StepRecord {
   double tokens_per_second = 0;  ///< all tokens of the global batch, targets or not
   double step_seconds = 0;
   int64_t peak_memory_bytes = 0;
-  Ledger::Snapshot bytes{};                    ///< of this step, this rank
+  Ledger::Snapshot bytes{};                     ///< of this step, this rank
   int64_t local_tokens = 0, local_targets = 0;  ///< of this rank's micro-batches
-  bool stops = false;                          ///< some rank wants to stop after it
+  bool stops = false;                           ///< some rank wants to stop after it
   std::optional<double> eval_loss, eval_accuracy;
 };
 
