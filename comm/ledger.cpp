@@ -97,7 +97,7 @@ Traffic Traffic::operator-(const Traffic& other) const {
 }
 
 Traffic ring_traffic(const Transfer& transfer, const Ring& ring) {
-  if (ring.size() == 1) return {};
+  if (ring.size() == 1 || transfer.elements == 0) return {};
   const int64_t payload = transfer.payload_bytes(), sent = ring_bytes(transfer, ring);
   return {.calls = 1,
           .payload_bytes = payload,

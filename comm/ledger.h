@@ -78,7 +78,7 @@ struct Traffic {
 };
 
 /// One call of `transfer` by the rank of `ring`, without its time: what is counted, and what is predicted. A group of
-/// one counts nothing.
+/// one counts nothing, nor does an empty tensor, which is not sent.
 Traffic ring_traffic(const Transfer& transfer, const Ring& ring);
 
 /// Traffic of this rank by purpose. One Ledger serves all communicators of a run; it outlives them. Not thread-safe:

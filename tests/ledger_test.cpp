@@ -155,6 +155,7 @@ int64_t between_hosts(const std::vector<int>& told, int64_t bytes) {
 TEST(RingTraffic, CountsByLink) {
   const Transfer sum{Collective::all_reduce, 100, 4};
   EXPECT_EQ(ring_traffic(sum, Ring({0, 0}, 0)), (Traffic{1, 400, 400, 0, 0, 0}));
+  EXPECT_EQ(ring_traffic({Collective::all_reduce, 0, 4}, Ring({0, 0}, 0)), Traffic{});
   EXPECT_EQ(ring_traffic(sum, Ring({0, 1}, 0)), (Traffic{1, 400, 400, 0, 400, 400}));
   EXPECT_EQ(ring_traffic(sum, Ring({0, 0, 1, 1}, 0)), (Traffic{1, 400, 600, 0, 400, 600}));
   EXPECT_EQ(ring_traffic(sum, Ring({0, 0, 1, 1}, 1)), (Traffic{1, 400, 600, 0, 400, 0}));
