@@ -633,7 +633,7 @@ class Runs(Case):
             self.assertIn(key, record)
         self.assertEqual(record["links"]["inside-host"]["adapter-gradients"], {"payload": 74752, "sent": 74752})
         self.assertEqual(record["links"]["between-hosts"], {})
-        self.assertRegex(text, r"\n  sent by all ranks\n  inside-host +149,568 +1,002,048   6\.7 times less\n")
+        self.assertRegex(text, r"\n  sent by all ranks\n  inside-host +149,536 +1,002,016   6\.7 times less\n")
         self.assertEqual(record["step"], 1)
 
     def test_resolved_run_is_the_same_run(self):
