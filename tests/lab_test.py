@@ -78,7 +78,7 @@ class Counters(Case):
 
     def test_one_rank_a_host(self):
         counted, carried_bytes, records = self.compare(1)
-        self.assertEqual(counted, 2 * (74752 + 32))  # of S bytes that two ranks sum each hands over S, and both send S
+        self.assertEqual(counted, 2 * (74752 + 16))  # of S bytes that two ranks sum each hands over S, and both send S
         links = records[-1]["links"]
         self.assertEqual(links["inside-host"], {})
         self.assertEqual(links["between-hosts"]["adapter-gradients"], {"payload": 74752, "sent": 74752})
