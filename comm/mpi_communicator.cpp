@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTag = 0;
 constexpr int64_t kBroadcastPiece = int64_t{1} << 20;  // passed on while the next one comes
+constexpr int64_t kSegmentPart = int64_t{1} << 17;  // elements of a rank's part that are summed at a time, in the cache
 
 /// Parts of a tensor by place in the ring.
 using RingParts = std::vector<at::Tensor>;
@@ -69,6 +70,7 @@ class MpiCommunicator final : public Communicator {
   }
   /// Reduces over the ranks: the part at this rank's place is whole afterwards, the others hold what was sent.
   void reduce(const RingParts& parts, ReduceOp op);
+  void reduce_segment(const at::Tensor& segment, ReduceOp op);
   /// Every rank has the part at its place and receives the others.
   void collect(const RingParts& parts);
   /// Sends `out` to the next rank while `in` comes from the previous one.
@@ -113,12 +115,21 @@ void MpiCommunicator::collect(const RingParts& parts) {
   for (int step = 0; step + 1 < size(); ++step) exchange(before(parts, step), before(parts, step + 1));
 }
 
-void MpiCommunicator::do_all_reduce(const at::Tensor& tensor, ReduceOp op) {
+void MpiCommunicator::reduce_segment(const at::Tensor& segment, ReduceOp op) {
   std::vector<int64_t> lengths;
-  for (int place = 0; place < size(); ++place) lengths.push_back(ring_part(tensor.numel(), place, size()));
-  const RingParts parts = tensor.view({-1}).split_with_sizes(lengths);
+  for (int place = 0; place < size(); ++place) lengths.push_back(ring_part(segment.numel(), place, size()));
+  const RingParts parts = segment.split_with_sizes(lengths);
   reduce(parts, op);
   collect(parts);
+}
+
+// A segment is a multiple of the ranks, so that its parts add up to those of the whole.
+void MpiCommunicator::do_all_reduce(const at::Tensor& tensor, ReduceOp op) {
+  const at::Tensor flat = tensor.view({-1});
+  const int64_t most = size() * kSegmentPart;
+  for (int64_t begin = 0; begin < flat.numel(); begin += most) {
+    reduce_segment(flat.narrow(0, begin, std::min(most, flat.numel() - begin)), op);
+  }
 }
 
 void MpiCommunicator::do_all_gather(const at::Tensor& output, const at::Tensor& input) {
