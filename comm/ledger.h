@@ -16,7 +16,7 @@ enum class Purpose {
   vocabulary_loss,     ///< softmax statistics of the vocabulary-parallel cross entropy
   gradient_norm,       ///< squares of sharded gradients
   adapter_statistics,  ///< what a method sums beside gradients: DoRA's norms, AdaLoRA's Gram matrices and scores
-  base_gathers,        ///< frozen weights gathered from the data-parallel ranks that share them
+  base_gathers,        ///< weights gathered from the data-parallel ranks that share them
   data_control,        ///< token counts, losses
   checkpoint,          ///< shards gathered for a save
   startup,             ///< agreement and rendezvous before the first step, the sum of counts after the last

@@ -70,6 +70,7 @@ class MpiCommunicator final : public Communicator {
   }
   /// Reduces over the ranks: the part at this rank's place is whole afterwards, the others hold what was sent.
   void reduce(const RingParts& parts, ReduceOp op);
+  /// An all_reduce of a flat tensor, in place.
   void reduce_segment(const at::Tensor& segment, ReduceOp op);
   /// Every rank has the part at its place and receives the others.
   void collect(const RingParts& parts);
